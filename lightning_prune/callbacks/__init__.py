@@ -1,0 +1,1 @@
+"""Lightning callbacks: they decide when the functions of this package are called."""

@@ -1,0 +1,221 @@
+"""One model being pruned: plan, masks and what the criterion has gathered, without a word about when."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_prune import targets
+from lightning_prune.criteria import Criterion, Evidence, Magnitude
+from lightning_prune.enforcement import Enforcer
+from lightning_prune.granularities import Granularity, Unstructured
+from lightning_prune.masks import Masks, Part, Scope, check, masks, pools
+from lightning_prune.plan import SparsityPlan
+
+
+class Pruner:
+    """Carries a model from its initial to its target plan: `update(level)` removes, `enforce` keeps removed.
+
+    Args:
+        model: whose parameters are pruned.
+        target: fraction removed in the end, by name or pattern.
+        initial: fraction removed at level 0; parameters that it leaves out start dense.
+        criterion: which weights go first.
+        granularity: which weights go together, where the plan does not say.
+        scope: who competes with whom (`lightning_prune.masks.pools`).
+        regrow: whether removed weights may return.
+
+    Raises:
+        ValueError: if the plan does not fit the model, or plan, granularity and scope do not go together.
+
+    >>> model = nn.Linear(10, 10)
+    >>> pruner = Pruner(model, SparsityPlan({"*": 0.8}))
+    >>> pruner.update(level=0.5)
+    >>> int((model.weight == 0).sum())
+    40
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target: SparsityPlan,
+        *,
+        initial: SparsityPlan | None = None,
+        criterion: Criterion = Magnitude(),  # noqa: B008  frozen
+        granularity: Granularity = Unstructured(),  # noqa: B008
+        scope: Scope = "global",
+        regrow: bool = False,
+    ) -> None:
+        matched = target.match(model)
+        if not matched:
+            raise ValueError(f"{target} prunes nothing of {type(model).__name__}")
+        self.plan = target.resolve(model)
+        given = (initial or SparsityPlan({})).resolve(model)
+        self.initial_plan = SparsityPlan({name: given.get(name, 0.0) for name in self.plan})
+        for name, start in self.initial_plan.items():
+            if start > self.plan[name]:
+                raise ValueError(
+                    f"initial sparsity {start:g} of {name!r} is above its target {self.plan[name]:g}; lower initial"
+                )
+        self.criterion, self.granularity, self.scope, self.regrow = criterion, granularity, scope, regrow
+        named, layouts = targets.parameters(model), targets.layouts(model)
+        self.parameters = {name: named[name] for name in self.plan}
+        self._parts = {
+            name: Part(parameter.shape, self.granularity_of(name), layouts.get(name, targets.Layout()))
+            for name, parameter in self.parameters.items()
+        }
+        self._pools = pools(scope, matched)
+        check(self._parts, self.plan, scope)
+        self._enforcer = Enforcer(self.parameters)
+        self.masks: Masks = {}
+        self.updates = 0
+        self.level: float | None = None
+        self._initial: dict[str, Tensor] = {}
+        self._observed: dict[str, Tensor] = {}
+        self._observed_steps: dict[str, int] = {}
+
+    @property
+    def at_target(self) -> bool:
+        """Whether the masks have reached the target plan."""
+        return bool(self.masks) and self.level == 1.0
+
+    def granularity_of(self, name: str) -> Granularity:
+        """Which weights of a parameter live and die together."""
+        return self.plan.granularity(name) or self.granularity
+
+    def begin(self) -> None:
+        """Remember the present weights as the initial ones, if the criterion needs them and has none yet."""
+        if self.criterion.uses_initial and not self._initial:
+            self._initial = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    def observe(self, optimizer: Optimizer) -> None:
+        """Before a step: let the criterion see dense gradients, then keep removed weights' from the optimizer."""
+        if self.criterion.uses_gradient and (self.regrow or not self.at_target):
+            for name, parameter in self._enforcer.owned(optimizer).items():
+                if parameter.grad is not None:
+                    seen = self.criterion.observe(parameter.detach(), parameter.grad)
+                    self._observed[name] = self._observed[name] + seen if name in self._observed else seen.clone()
+                    self._observed_steps[name] = self._observed_steps.get(name, 0) + 1
+        self._enforcer.mask_gradients(optimizer)
+
+    def update(self, level: float, synchronise: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Choose masks anew, `level` of the way from the initial to the target plan, and zero what they remove.
+
+        Args:
+            level: in [0, 1]; at 1 the target is met exactly.
+            synchronise: makes a mask the same on every rank of a distributed training.
+
+        Raises:
+            ValueError: if scores are NaN, that is, the network has diverged.
+        """
+        if level == self.level and not self.regrow:
+            return  # between two steps of a staircase
+        sparsity = {
+            name: start + (self.plan[name] - start) * level if level < 1.0 else self.plan[name]
+            for name, start in self.initial_plan.items()
+        }
+        self.begin()
+        if any(sparsity.values()):
+            new = masks(
+                {name: self._score(name) for name in self.parameters},
+                sparsity,
+                parts=self._parts,
+                groups=self._pools,
+                per_filter=self.scope == "filter",
+                previous=self.masks if self.masks and not self.regrow else None,
+            )
+        else:  # nothing to choose, so nothing to score: gradients may not have been seen yet
+            new = {name: torch.ones_like(p, dtype=torch.bool) for name, p in self.parameters.items()}
+        self.masks = {name: synchronise(mask) for name, mask in new.items()} if synchronise else new
+        self.level = level
+        self.updates += 1
+        for name, mask in self.masks.items():
+            if sparsity[name] < 1.0 and not mask.any():
+                warnings.warn(
+                    f"all weights of {name!r} have been removed; give it an entry of its own, or use scope='local'",
+                    stacklevel=2,
+                )
+        if self.criterion.forgets:
+            self._observed.clear()
+            self._observed_steps.clear()
+        self.enforce()
+
+    def enforce(self, optimizers: Iterable[Optimizer] = (), copies: Iterable[nn.Module] = ()) -> None:
+        """Zero removed weights in the model, in optimizers' state and in copies of the model."""
+        self._enforcer.set(self.masks)
+        self._enforcer.mask_state(optimizers)
+        for copy in copies:
+            self._enforcer.mask_copy(copy)
+
+    def attach(self, optimizers: Iterable[Optimizer]) -> None:
+        """Keep removed weights at zero after every step of these optimizers."""
+        self._enforcer.attach(optimizers)
+
+    def detach(self) -> None:
+        """Let go of the optimizers."""
+        self._enforcer.detach()
+
+    def stepped(self) -> bool:
+        """Whether an optimizer has really stepped since this was last asked."""
+        stepped, self._enforcer.stepped = self._enforcer.stepped, False
+        return stepped
+
+    def diverged(self) -> list[str]:
+        """The parameters that hold NaN or infinite weights."""
+        return [name for name, parameter in self.parameters.items() if not torch.isfinite(parameter).all()]
+
+    def settings(self) -> dict[str, str]:
+        """What must not change while a training is interrupted and resumed, in words."""
+        words = {"criterion": str(self.criterion), "scope": str(self.scope), "regrow": str(self.regrow)}
+        for name, target in self.plan.items():
+            words[f"plan of {name}"] = f"{self.initial_plan[name]:g} -> {target:g}, {self.granularity_of(name)}"
+        return words
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks and what the criterion has gathered, as tensors and plain containers."""
+        return {
+            "settings": self.settings(),
+            "masks": dict(self.masks),
+            "updates": self.updates,
+            "level": self.level,
+            "initial": dict(self._initial),
+            "observed": dict(self._observed),
+            "observed_steps": dict(self._observed_steps),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`.
+
+        Raises:
+            ValueError: if the state is that of another plan, criterion or scope, naming the first difference.
+        """
+        refuse_changes(state["settings"], self.settings())
+        for attribute in ("masks", "_initial", "_observed"):
+            stored = state[attribute.removeprefix("_")]
+            setattr(self, attribute, {name: v.to(self.parameters[name].device) for name, v in stored.items()})
+        self.updates, self.level = state["updates"], state["level"]
+        self._observed_steps = dict(state["observed_steps"])
+
+    def _score(self, name: str) -> Tensor:
+        weight = self.parameters[name].detach()
+        observed, steps = self._observed.get(name), self._observed_steps.get(name, 0)
+        return self.criterion.score(Evidence(name, weight, self._initial.get(name), observed, steps))
+
+
+def refuse_changes(then: dict[str, str], now: dict[str, str]) -> None:
+    """Compare the settings of a checkpoint with present ones.
+
+    Raises:
+        ValueError: naming the first setting that differs.
+    """
+    for what in [*then, *now]:
+        if then.get(what) != now.get(what):
+            raise ValueError(
+                f"the checkpoint was pruned with another {what}: {then.get(what)} then, {now.get(what)} now; resume "
+                "with the same settings, or start anew from its weights (LightningModule.load_from_checkpoint)"
+            )
