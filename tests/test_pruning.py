@@ -243,7 +243,7 @@ def test_unsized_loader_with_a_share_of_training_is_refused() -> None:
 
 def test_unsized_loader_with_max_steps_knows_its_length() -> None:
     watch = sparsity_per_step()
-    trainer([Pruning(0.5, Linear(), end=0.7), watch], max_epochs=-1, max_steps=20).fit(Tiny(), stream(), loader())
+    trainer([Pruning(0.5, Linear()), watch], max_epochs=-1, max_steps=20).fit(Tiny(), stream(), loader())
     assert watch.seen[13] < watch.seen[14] == 0.5
 
 

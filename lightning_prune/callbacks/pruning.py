@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.optim import Optimizer
@@ -202,7 +202,10 @@ class Pruning(Callback):
             pruner.load_state_dict(previous.state_dict())  # the same training goes on for more epochs
         else:
             self._forget()
-        self._place(trainer, pl_module)
+        if trainer.ckpt_path is None:
+            # A resumed training must not set up its loader before Lightning has restored the loops: the loader would
+            # forget its place. So its window is placed when training starts.
+            self._place(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, after the sanity check and the finders, which may have changed the number of steps."""
@@ -372,10 +375,11 @@ def _schedulers(trainer: Trainer) -> list[rewinding.Scheduler]:
 
 def _length(trainer: Trainer, pl_module: LightningModule) -> Length:
     """What Lightning knows about the length of this training."""
-    try:
-        estimate = trainer.estimated_stepping_batches
-    except MisconfigurationException:  # gradient accumulation that changes over epochs
-        return Length(steps=None, steps_per_epoch=None)
+    schedulers = [other for other in _callbacks(trainer) if isinstance(other, GradientAccumulationScheduler)]
+    if any(len(set(scheduler.scheduling.values())) > 1 for scheduler in schedulers):
+        return Length(steps=None, steps_per_epoch=None)  # epochs of different numbers of steps
+    trainer.fit_loop.setup_data()
+    estimate = trainer.estimated_stepping_batches
     steps = int(estimate) if math.isfinite(estimate) and estimate > 0 else None
     batches = trainer.num_training_batches
     if not math.isfinite(batches):
