@@ -140,10 +140,7 @@ def _sample(scores: Sequence[Tensor], total: int, attempt: int) -> _Array:
         for score, mine, end in zip(scores, per_tensor, ends, strict=True)
         if mine.size > 0
     ]
-    sample = np.concatenate([_to_numpy(part, _widest(scores)) for part in taken])
-    if np.isnan(sample).any():
-        raise _nan_error({f"scores[{index}]": score for index, score in enumerate(scores)})
-    return sample
+    return np.concatenate([_to_numpy(part, _widest(scores)) for part in taken])
 
 
 def _places(total: int, attempt: int) -> npt.NDArray[np.int64]:
@@ -167,7 +164,8 @@ def _bracket(sample: _Array, share: float, widening: int) -> tuple[Any, Any]:
 def _split(scores: Sequence[Tensor], low: Any, high: Any) -> tuple[int, _Array]:
     """How many scores are <= ``low``, and those strictly between the ends.
 
-    NaN is on neither side of the bracket, hence among the latter, and costs no pass of its own to find.
+    NaN, compared with anything, is on neither side, hence among the latter, and costs no pass of its own to
+    find; an end that is NaN itself, from the sample, excludes nothing.
     """
     up_to_low, parts = 0, []
     for values in _values(scores):

@@ -26,7 +26,8 @@ class Tiny(LightningModule):
     def __init__(self, optimizer: Callable[[Any], torch.optim.Optimizer] = sgd, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+        # Any: tests look at layers by number, and put other networks here.
+        self.net: Any = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
         self.make_optimizer = optimizer
 
     def forward(self, x: Tensor) -> Tensor:

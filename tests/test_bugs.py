@@ -50,8 +50,8 @@ def test_04_the_callback_can_be_reused_pickled_and_copied() -> None:
 
 
 def test_05_weight_rewinding_rewinds() -> None:
-    initial = Tiny().net[0].weight.detach().clone()
-    seen = Watch(lambda _, module: module.net[0].weight.detach().clone())
+    initial: torch.Tensor = Tiny().net[0].weight.detach().clone()
+    seen = Watch(lambda _, module: module.get_parameter("net.0.weight").detach().clone())
     pruning = Pruning(0.5, OneShot(), begin=Steps(16), end=1.0, rewind=WeightRewinding(to=Epochs(0)))
     fit([pruning, seen])
     assert torch.equal(seen.seen[15], initial * pruning.masks["net.0.weight"])

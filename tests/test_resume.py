@@ -50,7 +50,8 @@ class Manual(Tiny):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = torch.nn.functional.cross_entropy(self(batch[0]), batch[1])
-        first, second = self.optimizers()  # type: ignore[misc]
+        optimizers: Any = self.optimizers()
+        first, second = optimizers
         first.zero_grad()
         second.zero_grad()
         self.manual_backward(loss)
@@ -91,9 +92,7 @@ def interrupted(
 @pytest.mark.parametrize("build", prunings())
 @pytest.mark.parametrize("epoch", [1, 2, 3])
 def test_resume_at_an_epochs_end(build: Any, epoch: int, tmp_path: Path) -> None:
-    straight, pruning, again, resumed = interrupted(
-        build, Scheduled, tmp_path, epoch * BATCHES, {"every_n_epochs": 1}
-    )
+    straight, pruning, again, resumed = interrupted(build, Scheduled, tmp_path, epoch * BATCHES, {"every_n_epochs": 1})
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in straight.state_dict().items())
     assert all(torch.equal(mask, resumed.masks[name]) for name, mask in pruning.masks.items())
     assert resumed.at_target

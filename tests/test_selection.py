@@ -144,6 +144,25 @@ def test_a_sample_that_misleads_costs_passes_but_not_exactness(sampled: float, s
     assert split.call_count > 1
 
 
+def test_a_bracket_that_keeps_missing_is_widened_until_it_cannot() -> None:
+    places = selection._places(N, attempt=0)
+    scores = normal(N)
+    scores[torch.from_numpy(places)] = -5.0
+    attempts = iter(range(6))
+
+    def split(*arguments: Any) -> Any:
+        assert next(attempts, None) is not None, "no end in sight"
+        return original(*arguments)
+
+    original = selection._split
+    with (
+        patch.object(selection, "_places", lambda total, attempt: places.copy()),
+        patch.object(selection, "_split", split),
+    ):
+        check([scores], N // 2)
+    assert next(attempts) > 1
+
+
 def test_one_dtype_may_decide_what_another_cannot_hold() -> None:
     single, double = (
         torch.tensor([1.0, 1.0 + 2**-20]),
@@ -244,7 +263,7 @@ def test_devices_may_be_mixed() -> None:
     assert torch.equal(lowest_per_row(scores[1].cuda(), 7).cpu(), lowest_per_row(scores[1], 7))
 
 
-class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LiveBytes(TorchDispatchMode):
     """Bytes of the torch storages that are alive, and their peak, without the inputs and their masks."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
@@ -287,6 +306,8 @@ MEMORY: dict[str, Callable[[], Tensor]] = {
     "normal": lambda: normal(BIG),
     "all equal": lambda: torch.zeros(BIG),
     "99 % zeros": lambda: mostly(0.0, 0.99, 1 << 23).repeat(2),
+    "tie below the bracket": lambda: torch.cat([torch.zeros(BIG // 2), normal(BIG // 2)]),
+    "tie above the bracket": lambda: torch.cat([torch.full((BIG // 2,), 9.0), normal(BIG // 2)]),
     "bfloat16": lambda: normal(BIG).bfloat16(),
     "transposed": lambda: normal(BIG).reshape(1 << 12, 1 << 12).t(),
 }
@@ -338,7 +359,9 @@ def test_rows_agree_with_a_stable_sort(scores: Tensor, share: float, block: int)
     np.testing.assert_array_equal(mask.numpy(), expected)
 
 
-@pytest.mark.parametrize(("rows", "n", "k"), [(100_000, 4, 2), (50, 4608, 2304), (3, 200_000, 1)])
+@pytest.mark.parametrize(
+    ("rows", "n", "k"), [(100_000, 4, 2), (50, 4608, 2304), (3, 200_000, 1), (5, 17, 17), (5, 17, 0)]
+)
 def test_rows_of_every_length_take_the_lowest(rows: int, n: int, k: int) -> None:
     scores = normal(rows * n).mul(1000).round().reshape(rows, n)
     expected = torch.zeros(rows, n, dtype=torch.bool)

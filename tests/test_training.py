@@ -167,7 +167,7 @@ def test_manual_optimization_past_lightning() -> None:
             loss = nn.functional.cross_entropy(self(batch[0]), batch[1])
             for optimizer in self.optimizers(use_pl_optimizer=False):  # type: ignore[union-attr]
                 optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             for optimizer in self.optimizers(use_pl_optimizer=False):  # type: ignore[union-attr]
                 optimizer.step()
             return loss
@@ -191,8 +191,8 @@ def test_steps_that_the_gradient_scaler_skips() -> None:
             return loss * math.inf if batch_idx % 4 == 1 else loss
 
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
-    weights = Watch(lambda _, module: module.net[0].weight.detach().clone())
-    plugin = MixedPrecision("16-mixed", "cpu", scaler)  # type: ignore[arg-type]
+    weights = Watch(lambda _, module: module.get_parameter("net.0.weight").detach().clone())
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
     model = fit([Pruning(0.7, begin=Steps(2), end=0.5), weights], Overflow(), plugins=[plugin])
     assert torch.equal(weights.seen[0], weights.seen[1])  # the second step was skipped
     assert share_of_zeros(model) == TARGET
@@ -215,7 +215,7 @@ def test_gradient_clipping_ignores_removed_weights() -> None:
 @pytest.mark.filterwarnings("ignore")  # torch.compile warns about the machine, differently on every one
 def test_compiled_modules_keep_plain_names() -> None:
     model = Tiny()
-    model.net = torch.compile(model.net, backend="eager")  # type: ignore[assignment]
+    model.net = torch.compile(model.net, backend="eager")
     pruning = Pruning({"net.0.weight": 0.5, "net.2.weight": 0.25})
     fit([pruning], model)
     assert list(pruning.plan) == ["net.0.weight", "net.2.weight"]

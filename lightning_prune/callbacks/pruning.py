@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.optim import Optimizer
 
 from lightning_prune import rewinding
+from lightning_prune.callbacks import _training
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Unstructured
 from lightning_prune.masks import Masks, Scope, pools
-from lightning_prune.moments import Length, Moment, Window, check_moment, check_order, position_of, window
+from lightning_prune.moments import Moment, Window, check_moment, check_order, position_of, window
 from lightning_prune.plan import SparsityPlan
 from lightning_prune.pruner import Pruner, refuse_changes
 from lightning_prune.rewinding import Rewinding
@@ -228,7 +228,7 @@ class Pruning(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Publish the metrics of validation once more, under names that count only at full sparsity."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if _training.is_validating(trainer):
             _publish(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -246,8 +246,9 @@ class Pruning(Callback):
         self._enforce(trainer)
         self.pruner.detach()
         if not self.at_target and self._window is not None:
+            unit = self._window.unit
             self._warn(
-                f"training stopped after {self._position(trainer, pl_module)} {self._window.unit}, pruning ends after "
+                f"training stopped after {_training.position(trainer, pl_module, unit)} {unit}, pruning ends after "
                 f"{self._window.end}: the plan was not reached; train longer, or lower end"
             )
 
@@ -271,7 +272,7 @@ class Pruning(Callback):
 
     def _place(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the window in this training."""
-        length = _length(trainer, pl_module)
+        length = _training.length(trainer, pl_module)
         if trainer.fast_dev_run and length.steps:  # type: ignore[attr-defined]
             self._window = Window(0, length.steps, 1)  # a trial run of a few batches goes through everything
             self._rewind_position = 0
@@ -291,25 +292,13 @@ class Pruning(Callback):
                     f"but it begins at {self.begin}, step {self._window.begin}; raise begin or lower rewind.to"
                 )
 
-    def _position(self, trainer: Trainer, pl_module: LightningModule) -> int:
-        """How far training has come, in the window's unit."""
-        batches = trainer.fit_loop.epoch_loop.batch_progress
-        if self._window is not None and self._window.unit == "epochs":
-            epochs: Any = trainer.fit_loop.epoch_progress.total
-            underway = epochs.started > epochs.processed
-            return int(epochs.processed + (underway and batches.is_last_batch))
-        if pl_module.automatic_optimization:
-            return trainer.global_step
-        total: Any = batches.total
-        return int(total.processed)
-
     def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Update masks if the window has moved on."""
         if self._window is None:
             return
-        position = self._position(trainer, pl_module)
+        position = _training.position(trainer, pl_module, self._window.unit)
         if self.rewind is not None and self._snapshot is None and position >= self._rewind_position:
-            self._snapshot = rewinding.take(self.rewind, pl_module, trainer.optimizers, _schedulers(trainer))
+            self._snapshot = rewinding.take(self.rewind, pl_module, trainer.optimizers, _training.schedulers(trainer))
         progress = self._window.progress(position)
         # A training that is longer now than when its checkpoint was written may be earlier in its window: masks stay.
         if progress is None or (self._progress is not None and progress <= self._progress):
@@ -320,13 +309,13 @@ class Pruning(Callback):
         if self.updates == updates:
             return
         if self._snapshot is not None and position > self._rewind_position:
-            rewinding.restore(self._snapshot, pl_module, trainer.optimizers, _schedulers(trainer))
+            rewinding.restore(self._snapshot, pl_module, trainer.optimizers, _training.schedulers(trainer))
         for callback in _all(trainer):
             callback._enforce(trainer)
 
     def _enforce(self, trainer: Trainer) -> None:
         """Zero removed weights wherever they live: model, optimizer state, averages kept by other callbacks."""
-        copies = [value for other in _callbacks(trainer) for value in vars(other).values()]
+        copies = [value for other in _training.callbacks(trainer) for value in vars(other).values()]
         self.pruner.enforce(trainer.optimizers, [copy for copy in copies if isinstance(copy, nn.Module)])
 
     def _warn(self, message: str) -> None:
@@ -343,12 +332,8 @@ def _as_plan(sparsity: float | Mapping[str, float] | SparsityPlan | str | Path) 
     return SparsityPlan(sparsity if isinstance(sparsity, Mapping) else {"*": sparsity})
 
 
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    return list(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector that mypy does not see
-
-
 def _all(trainer: Trainer) -> list[Pruning]:
-    return [callback for callback in _callbacks(trainer) if isinstance(callback, Pruning)]
+    return [callback for callback in _training.callbacks(trainer) if isinstance(callback, Pruning)]
 
 
 def _refuse_overlap(this: Pruning, plan: SparsityPlan, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -367,24 +352,3 @@ def _publish(trainer: Trainer) -> None:
     metrics = trainer.callback_metrics
     for name in [name for name in metrics if not name.endswith("_at_target")]:
         metrics[f"{name}_at_target"] = metrics[name] if at_target else torch.tensor(math.nan)
-
-
-def _schedulers(trainer: Trainer) -> list[rewinding.Scheduler]:
-    return [config.scheduler for config in trainer.lr_scheduler_configs]
-
-
-def _length(trainer: Trainer, pl_module: LightningModule) -> Length:
-    """What Lightning knows about the length of this training."""
-    schedulers = [other for other in _callbacks(trainer) if isinstance(other, GradientAccumulationScheduler)]
-    if any(len(set(scheduler.scheduling.values())) > 1 for scheduler in schedulers):
-        return Length(steps=None, steps_per_epoch=None)  # epochs of different numbers of steps
-    trainer.fit_loop.setup_data()
-    estimate = trainer.estimated_stepping_batches
-    steps = int(estimate) if math.isfinite(estimate) and estimate > 0 else None
-    batches = trainer.num_training_batches
-    if not math.isfinite(batches):
-        return Length(steps, steps_per_epoch=None)
-    if not pl_module.automatic_optimization and steps is not None and trainer.max_steps > 0:
-        # Lightning counts the steps of every optimizer; under manual optimization we count batches.
-        steps = min(steps, trainer.max_steps // max(len(trainer.optimizers), 1))
-    return Length(steps, steps_per_epoch=math.ceil(batches / trainer.accumulate_grad_batches))

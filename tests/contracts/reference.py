@@ -12,6 +12,7 @@ from lightning_prune.granularities import Granularity
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
+Group = list[tuple[str, tuple[int, ...]]]
 
 
 def group_of(granularity: Granularity, index: tuple[int, ...]) -> tuple[int, ...]:
@@ -53,34 +54,28 @@ def choose(
     """Masks by definition: enumerate groups, sort them, remove the lowest."""
     kept = {name: np.ones(score.shape, dtype=bool) for name, score in scores.items()}
     for names in groups:
-        entries: dict[tuple[object, ...], list[list[tuple[str, tuple[int, ...]]]]] = {}
+        contests: dict[tuple[object, ...], list[Group]] = {}
         for name in names:
             allowed = removable(granularity, scores[name])
-            members: dict[tuple[int, ...], list[tuple[str, tuple[int, ...]]]] = {}
+            members: dict[tuple[int, ...], Group] = {}
             for index in np.ndindex(scores[name].shape):
                 if allowed[index]:
                     members.setdefault(group_of(granularity, index), []).append((name, index))
-            for group in sorted(members):
-                contest = (name, group[0]) if per_filter else ()
-                entries.setdefault(contest, []).append(members[group])
-        for contest, found in entries.items():
+            for where in sorted(members):
+                contests.setdefault((name, where[0]) if per_filter else (), []).append(members[where])
+        for contest, found in contests.items():
             ordered = sorted(found, key=lambda group: float(np.mean([scores[n][i] for n, i in group])))
             total = sum(scores[n].size * sparsity[n] for n in names)
             if contest:
-                name = names[0]
-                size = scores[name][0].size
-                total = round(sparsity[name] * size / len(found[0])) * len(found[0])
-            remove: list[list[tuple[str, tuple[int, ...]]]] = []
-            best, removed = 0, 0
-            for count, group in enumerate(ordered, start=1):
-                removed += len(group)
-                if abs(removed - total) < abs(sum(len(g) for g in ordered[:best]) - total):
-                    best = count
-            sizes = {len(group) for group in found}
-            if len(sizes) == 1:
-                best = round(total / sizes.pop())
-            remove = ordered[:best]
-            for group in remove:
+                size = scores[names[0]][0].size
+                total = round(sparsity[names[0]] * size / len(found[0])) * len(found[0])
+            for group in ordered[: _how_many([len(group) for group in ordered], total)]:
                 for name, index in group:
                     kept[name][index] = False
     return kept
+
+
+def _how_many(sizes: Sequence[int], total: float) -> int:
+    if len(set(sizes)) == 1:
+        return round(total / sizes[0])
+    return min(range(len(sizes) + 1), key=lambda count: abs(sum(sizes[:count]) - total))
