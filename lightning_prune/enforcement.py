@@ -80,8 +80,11 @@ class Enforcer:
 
     def mask_copy(self, module: nn.Module) -> None:
         """Zero the removed weights in a copy of the model, such as an average of its weights."""
-        for name, parameter in module.named_parameters():
-            bits = self._bits.get(plain_name(name).removeprefix("module."))
+        copied = {plain_name(name): parameter for name, parameter in module.named_parameters()}
+        # torch's AveragedModel keeps its copy as the child "module"; a model may have a child of that name as well.
+        prefix = "" if self._bits.keys() <= copied.keys() else "module."
+        for name, parameter in copied.items():
+            bits = self._bits.get(name.removeprefix(prefix))
             if bits is not None and bits.shape == parameter.shape:
                 _and(parameter.detach(), bits)
 

@@ -105,6 +105,10 @@ class _Reduced(Granularity):
             groups = groups.unsqueeze(dim)
         return groups.expand(shape)
 
+    def within_filter(self, shape: torch.Size) -> bool:
+        """Not if groups span the outputs, even where a weight has as many inputs as outputs."""
+        return 0 not in self.spanned(len(shape)) and super().within_filter(shape)
+
 
 @dataclass(frozen=True)
 class Vector(_Reduced):
@@ -121,7 +125,7 @@ class Vector(_Reduced):
 
     def __post_init__(self) -> None:
         """Refuse a dimension counted from the end: weights differ in how many they have."""
-        if self.dim < 0 or self.dim != int(self.dim):
+        if not _whole(self.dim) or self.dim < 0:
             raise ValueError(f"Vector needs a dimension >= 0, counted from the front, got dim={self.dim!r}")
 
     def spanned(self, ndim: int) -> tuple[int, ...]:
@@ -199,8 +203,8 @@ class Block(Granularity):
 
     def __post_init__(self) -> None:
         """Refuse sizes that are no counts."""
-        if min(self.rows, self.cols) < 1:
-            raise ValueError(f"Block needs rows and cols >= 1, got rows={self.rows!r}, cols={self.cols!r}")
+        if not _whole(self.rows, self.cols) or min(self.rows, self.cols) < 1:
+            raise ValueError(f"Block needs whole rows and cols >= 1, got rows={self.rows!r}, cols={self.cols!r}")
 
     def groups(self, shape: torch.Size) -> torch.Size:
         """`[out / rows, in / cols, *kernel]`."""
@@ -243,8 +247,8 @@ class NM(Granularity):
 
     def __post_init__(self) -> None:
         """Refuse patterns that keep nothing or everything."""
-        if not 1 <= self.n < self.m:
-            raise ValueError(f"NM needs 1 <= n < m, got n={self.n!r}, m={self.m!r}")
+        if not _whole(self.n, self.m) or not 1 <= self.n < self.m:
+            raise ValueError(f"NM needs whole numbers 1 <= n < m, got n={self.n!r}, m={self.m!r}")
 
     @property
     def sparsity(self) -> float:
@@ -282,3 +286,8 @@ class NM(Granularity):
                 f"NM(n={self.n}, m={self.m}) removes exactly {self.sparsity:g} of a weight, not {sparsity:g}; ask for "
                 f"{self.sparsity:g} or 0"
             )
+
+
+def _whole(*numbers: object) -> bool:
+    """Whether these count something: `True` does not."""
+    return all(isinstance(number, int) and not isinstance(number, bool) for number in numbers)

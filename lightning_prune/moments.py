@@ -35,7 +35,7 @@ class Steps:
 
     def __post_init__(self) -> None:
         """Refuse what is no count."""
-        if self.n < 0 or self.n != int(self.n):
+        if not (self.n >= 0 and math.isfinite(self.n) and self.n == int(self.n)):
             raise ValueError(f"Steps needs a whole n >= 0, got n={self.n!r}")
 
 
@@ -157,8 +157,9 @@ def window(begin: Moment, end: Moment, every: Moment | None, length: Length) -> 
         )
     first, last = position_of("begin", begin, length), position_of("end", end, length)
     share = not isinstance(begin, Epochs | Steps) and not isinstance(end, Epochs | Steps)
-    if share and first == last:
-        last = first + 1  # shares of a very short training may fall on one step
+    if share and first == last and length.steps is not None:  # shares of a very short training may fall on one step
+        first = min(first, length.steps - 1)
+        last = first + 1
     if length.steps is not None and last > length.steps:
         raise ValueError(
             f"pruning would end at {end}, step {last}, but training lasts {length.steps} steps; lower end or train "

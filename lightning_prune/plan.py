@@ -27,17 +27,22 @@ class PlanEntry:
     Args:
         sparsity: the fraction removed, in [0, 1], of the original count.
         granularity: the groups; None leaves the choice to whoever prunes.
+
+    Raises:
+        ValueError: if one is no such fraction or the other no granularity.
     """
 
     sparsity: float
     granularity: Granularity | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a share that is none."""
+        """Refuse a share that is none, and groups that are none."""
         number = self.sparsity
         if isinstance(number, bool) or not isinstance(number, Real) or not 0.0 <= float(number) <= 1.0:
             raise ValueError(f"sparsity is the fraction removed, in [0, 1], got {number!r}")
         object.__setattr__(self, "sparsity", float(number))
+        if self.granularity is not None and not isinstance(self.granularity, Granularity):
+            raise ValueError(f"granularity is an object such as Filter() or NM(2, 4), got {self.granularity!r}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class SparsityPlan(Mapping[str, float]):
         mapping: name or pattern -> a fraction, a `PlanEntry`, or a pair of fraction and granularity.
 
     Raises:
-        ValueError: if a fraction lies outside [0, 1], naming its entry.
+        ValueError: if a fraction lies outside [0, 1] or a granularity is none, naming the entry.
 
     >>> plan = SparsityPlan({"*": 0.7, "fc.weight": 0.87})
     >>> plan["fc.weight"]
@@ -78,8 +83,14 @@ class SparsityPlan(Mapping[str, float]):
     """
 
     def __init__(self, mapping: Mapping[str, Any]) -> None:
+        if not isinstance(mapping, Mapping):
+            raise ValueError(
+                f'a sparsity plan is a map of names to fractions, got {mapping!r}; say {{"*": ...}} for all'
+            )
         entries = {}
         for name, value in mapping.items():
+            if not isinstance(name, str):
+                raise ValueError(f"sparsity plan, entry {name!r}: names and patterns are words")
             try:
                 entries[name] = _entry(value)
             except (ValueError, TypeError) as error:
@@ -184,7 +195,8 @@ class SparsityPlan(Mapping[str, float]):
         1.0
         """
         for name, threshold in thresholds.items():
-            if not isinstance(threshold, Std) and not (threshold >= 0 and math.isfinite(threshold)):
+            magnitude = isinstance(threshold, Real) and not isinstance(threshold, bool)
+            if not isinstance(threshold, Std) and not (magnitude and threshold >= 0 and math.isfinite(threshold)):
                 raise ValueError(f"threshold of {name!r} needs a finite magnitude >= 0, got {threshold!r}")
         named = targets.parameters(model)
         plan = {}
@@ -227,7 +239,11 @@ class SparsityPlan(Mapping[str, float]):
             )
         if "schema" in content and content["schema"] != _SCHEMA:
             raise ValueError(f"{path} has schema {content['schema']!r}, this version reads {_SCHEMA!r}; save it anew")
-        mapping = content.get("sparsity") if "schema" in content else content
+        mapping: Any = content
+        if "schema" in content:
+            if unknown := sorted(map(str, content.keys() - {"schema", "sparsity"})):
+                raise ValueError(f"{path} has the unknown keys {unknown} beside 'schema' and 'sparsity'; remove them")
+            mapping = content.get("sparsity")
         if not isinstance(mapping, dict) or not all(isinstance(name, str) for name in mapping):
             raise ValueError(f"{path} has no map of parameter names under 'sparsity'; save the plan anew")
         try:
@@ -255,6 +271,8 @@ def _entry(value: Any) -> PlanEntry:
 
 def _granularity(value: Mapping[str, Any]) -> Granularity:
     """Build a granularity from a file: only classes that are already known, nothing is imported for it."""
+    if unknown := sorted(map(str, set(value) - {"class_path", "init_args"})):
+        raise ValueError(f"a granularity has the keys class_path and, optionally, init_args, got {unknown} too")
     known = {kind.__name__: kind for kind in _subclasses(Granularity)}  # type: ignore[type-abstract]
     name = str(value.get("class_path", "")).rpartition(".")[2]
     if name not in known:

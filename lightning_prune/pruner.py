@@ -23,7 +23,7 @@ class Pruner:
 
     Args:
         model: whose parameters are pruned.
-        target: fraction removed in the end, by name or pattern.
+        target: fraction removed in the end, by name or pattern; what it gives 0 is not touched.
         initial: fraction removed at level 0; parameters that it leaves out start dense.
         criterion: which weights go first.
         granularity: which weights go together, where the plan does not say.
@@ -54,7 +54,9 @@ class Pruner:
         matched = target.match(model)
         if not matched:
             raise ValueError(f"{target} prunes nothing of {type(model).__name__}")
-        self.plan = target.resolve(model)
+        # What is to stay dense is left alone, so that another pruner may have it.
+        matched = {name: entry for name, entry in matched.items() if target[entry] > 0}
+        self.plan = SparsityPlan({name: target.entry(entry) for name, entry in matched.items()})
         given = (initial or SparsityPlan({})).resolve(model)
         self.initial_plan = SparsityPlan({name: given.get(name, 0.0) for name in self.plan})
         for name, start in self.initial_plan.items():
@@ -82,7 +84,7 @@ class Pruner:
     @property
     def at_target(self) -> bool:
         """Whether the masks have reached the target plan."""
-        return bool(self.masks) and self.level == 1.0
+        return self.level == 1.0
 
     def granularity_of(self, name: str) -> Granularity:
         """Which weights of a parameter live and die together."""
@@ -111,8 +113,12 @@ class Pruner:
             synchronise: makes a mask the same on every rank of a distributed training.
 
         Raises:
-            ValueError: if scores are NaN, that is, the network has diverged.
+            ValueError: if scores are NaN, that is, the network has diverged; if `level` lies outside [0, 1].
         """
+        if not 0.0 <= level <= 1.0:
+            raise ValueError(
+                f"level is how far the masks are to be from initial plan to target, in [0, 1], got {level!r}"
+            )
         if level == self.level and not self.regrow:
             return  # between two steps of a staircase
         sparsity = {

@@ -8,6 +8,7 @@ Fine-tuning in Neural Network Pruning" (2020), section 2.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -77,10 +78,11 @@ def take(
         if rewinding.weights
         else {},
         "groups": [
-            [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-            for optimizer in optimizers
+            # Copies in depth: a learning rate may be a tensor, which schedulers change in place.
+            [copy.deepcopy({key: value for key, value in group.items() if key != "params"}) for group in groups]
+            for groups in (optimizer.param_groups for optimizer in optimizers)
         ],
-        "schedulers": [dict(scheduler.state_dict()) for scheduler in schedulers],
+        "schedulers": [copy.deepcopy(scheduler.state_dict()) for scheduler in schedulers],
     }
 
 
@@ -108,6 +110,6 @@ def restore(
             optimizer.state.clear()
     for optimizer, groups in zip(optimizers, snapshot["groups"], strict=True):
         for group, settings in zip(optimizer.param_groups, groups, strict=False):
-            group.update(settings)
+            group.update(copy.deepcopy(settings))
     for scheduler, state in zip(schedulers, snapshot["schedulers"], strict=True):
-        scheduler.load_state_dict(dict(state))
+        scheduler.load_state_dict(copy.deepcopy(state))

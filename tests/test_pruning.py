@@ -106,6 +106,20 @@ def test_two_callbacks_with_their_own_windows() -> None:
     assert int((model.net[2].weight == 0).all(dim=1).sum()) == 2
 
 
+def test_what_is_to_stay_dense_is_left_to_others() -> None:
+    body, head = Pruning({"*": 0.75, "net.2*": 0.0}), Pruning({"net.2.weight": 0.5})
+    model = fit([body, head])
+    assert list(body.plan) == ["net.0.weight"]
+    assert share_of_zeros(model, "net.2.weight") == 0.5
+
+
+def test_nothing_to_prune_is_a_plan_too() -> None:
+    pruning = Pruning(0.0)
+    model = fit([pruning])
+    assert pruning.at_target
+    assert share_of_zeros(model) == 0.0
+
+
 def test_default_targets_and_what_a_name_adds() -> None:
     pruning = Pruning({"*": 0.5, "net.0.bias": 0.25})
     model = fit([pruning])

@@ -74,3 +74,16 @@ def modes(trainer: Trainer) -> dict[str, str]:
         for callback in callbacks(trainer)
         if isinstance(callback, EarlyStopping | ModelCheckpoint) and callback.monitor
     }
+
+
+def whereabouts(trainer: Trainer) -> list[str]:
+    """What a user may want to do with what the training has written."""
+    checkpoints = [callback for callback in callbacks(trainer) if isinstance(callback, ModelCheckpoint)]
+    return [
+        *(
+            f"best {each.monitor}: {each.best_model_path}"
+            for each in checkpoints
+            if each.monitor and each.best_model_path
+        ),
+        *(f"watch it: tensorboard --logdir {board.save_dir}" for board in tensorboards(trainer)),
+    ]

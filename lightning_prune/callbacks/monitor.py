@@ -261,9 +261,15 @@ removed; before and after the target is reached; end |
         for logger in trainer.loggers:
             logger.save()
         if self.summary:
+            if trainer.progress_bar_callback is not None:
+                # A bar that is still alive would draw itself over the table; it has nothing more to show.
+                trainer.progress_bar_callback.teardown(trainer, pl_module, "fit")
             console = Console()
             # Rich assumes 80 columns where there is no terminal, in a log file say, which would fold the tables.
-            (console if console.is_terminal else Console(width=120)).print(to_rich(report))
+            console = console if console.is_terminal else Console(width=120)
+            console.print(to_rich(report))
+            for line in _training.whereabouts(trainer):
+                console.print(line, soft_wrap=True, highlight=False)
 
     # Numbers
 

@@ -338,7 +338,8 @@ def _all(trainer: Trainer) -> list[Pruning]:
 
 def _refuse_overlap(this: Pruning, plan: SparsityPlan, trainer: Trainer, pl_module: LightningModule) -> None:
     for other in _all(trainer):
-        shared = sorted(set(plan) & set(other.target.resolve(pl_module)))
+        others = {name for name, share in other.target.resolve(pl_module).items() if share > 0}
+        shared = sorted(others & set(plan))
         if other is not this and shared:
             raise ValueError(
                 f"two Pruning callbacks prune {shared[0]!r} ({len(shared)} such); give each its own parameters by "

@@ -18,8 +18,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from matplotlib.figure import Figure
 
 from lightning_prune import metrics
 from lightning_prune.callbacks.monitor import SparsityMonitor
@@ -30,8 +32,20 @@ from tests.benchmarks.harness import environment, write_json
 CONFIG = Path(__file__).parents[2] / "configs" / "digits_agp.yaml"
 
 
-def train(config: Path, options: list[str], seed: int, dense: bool, folder: str) -> dict[str, float]:
-    """Fit once; accuracies, sparsity of the last weights and seconds of the fit."""
+class History(Callback):
+    """Sparsity and validation accuracy after each epoch."""
+
+    def __init__(self) -> None:
+        self.sparsity: list[float] = []
+        self.accuracy: list[float] = []
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.sparsity.append(metrics.sparsity(pl_module))
+        self.accuracy.append(float(trainer.callback_metrics["val_acc"]))
+
+
+def train(config: Path, options: list[str], seed: int, dense: bool, folder: str) -> tuple[dict[str, float], History]:
+    """Fit once; accuracies, sparsity of the last weights, seconds of the fit, and how it went."""
     quiet = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
     place = [f"--seed_everything={seed}", f"--trainer.default_root_dir={folder}"]
     cli = PruneCLI([f"--config={config}", *place, *quiet, *options], run=False)
@@ -39,7 +53,8 @@ def train(config: Path, options: list[str], seed: int, dense: bool, folder: str)
     unwanted = (Pruning, SparsityMonitor) if dense else (SparsityMonitor,)
     # Lightning sets this attribute from outside the Trainer, where no type checker sees it.
     callbacks: list[Callback] = vars(trainer)["callbacks"]
-    callbacks[:] = [callback for callback in callbacks if not isinstance(callback, unwanted)]
+    history = History()
+    callbacks[:] = [history, *(callback for callback in callbacks if not isinstance(callback, unwanted))]
     checkpoint = next(callback for callback in callbacks if isinstance(callback, ModelCheckpoint))
     if dense:
         checkpoint.monitor = "val_acc"
@@ -51,7 +66,27 @@ def train(config: Path, options: list[str], seed: int, dense: bool, folder: str)
     [last] = trainer.test(cli.model, cli.datamodule, verbose=False)
     [best] = trainer.test(cli.model, cli.datamodule, ckpt_path=checkpoint.best_model_path, verbose=False)
     result["val_acc_best"] = float(checkpoint.best_model_score or float("nan"))
-    return {**result, "test_acc_last": last["test_acc"], "test_acc_best": best["test_acc"]}
+    return {**result, "test_acc_last": last["test_acc"], "test_acc_best": best["test_acc"]}, history
+
+
+def draw(histories: dict[str, list[History]]) -> Figure:
+    """Mean accuracy over seeds, with their range, above the sparsity of the pruned network."""
+    figure = Figure(figsize=(7.2, 3.6), dpi=130, layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    for kind, color, label in (("dense", "0.45", "dense"), ("sparse", "#1f5a96", "pruned with AGP")):
+        accuracy = 100 * np.array([history.accuracy for history in histories[kind]])
+        epochs = np.arange(1, accuracy.shape[1] + 1)
+        above.plot(epochs, accuracy.mean(0), color=color, label=label)
+        above.fill_between(epochs, accuracy.min(0), accuracy.max(0), color=color, alpha=0.15, linewidth=0)
+        sparsity = 100 * np.array([history.sparsity for history in histories[kind]]).mean(0)
+        below.plot(epochs, sparsity, color=color)
+    above.set(ylabel="validation accuracy, %", ylim=(85, 100))
+    above.legend(frameon=False, loc="lower right")
+    below.set(ylabel="weights\nremoved, %", xlabel="epoch", ylim=(-4, 100))
+    for axis in (above, below):
+        axis.grid(color="0.9")
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
 
 
 def main() -> None:
@@ -59,15 +94,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--output", type=Path, default=Path("benchmark_results/digits_seeds.json"))
+    parser.add_argument("--figure", type=Path, help="where to save the curves, as PNG")
     arguments, options = parser.parse_known_args()
     logging.disable(logging.INFO)
     warnings.filterwarnings("ignore")
     runs: dict[str, list[dict[str, float]]] = {"dense": [], "sparse": []}
+    histories: dict[str, list[History]] = {"dense": [], "sparse": []}
     for seed in range(arguments.seeds):
         for kind, results in runs.items():
             with tempfile.TemporaryDirectory() as folder:
-                result = train(arguments.config, options, seed, kind == "dense", folder)
+                result, history = train(arguments.config, options, seed, kind == "dense", folder)
             results.append(result)
+            histories[kind].append(history)
             print(f"seed {seed} {kind:6}", *(f"{name} {value:.4f}" for name, value in result.items()), flush=True)
     summary: dict[str, Any] = {}
     for name in ("test_acc_last", "test_acc_best", "val_acc_last", "val_acc_best"):
@@ -80,6 +118,8 @@ def main() -> None:
             f"{name}: dense {dense['mean']:.4f} (sd {dense['sd']:.4f}), sparse {sparse['mean']:.4f} "
             f"(sd {sparse['sd']:.4f}), points lost {lost['mean']:.2f} (sd {lost['sd']:.2f})"
         )
+    if arguments.figure:
+        draw(histories).savefig(arguments.figure)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     facts = {"config": arguments.config.name, "options": options, "environment": environment()}
     write_json(arguments.output, {**facts, "summary": summary, "runs": runs})

@@ -1,0 +1,76 @@
+"""What is imported when: the lower layers need torch alone, and the package itself nothing at all."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_prune
+
+PACKAGE = Path(lightning_prune.__file__).parent
+SHELL = ("callbacks", "trainer", "zoo", "cli")
+LOWER = sorted(
+    ".".join(("lightning_prune", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+    for path in PACKAGE.rglob("*.py")
+    if path.relative_to(PACKAGE).with_suffix("").parts[0] not in SHELL
+)
+
+
+def loaded_after(statements: str) -> set[str]:
+    """The top-level names in `sys.modules` of a fresh interpreter after some statements."""
+    code = f"import sys\n{statements}\nprint(*sys.modules)"
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent, timeout=120
+    )
+    return {name.partition(".")[0] for name in ran.stdout.split()}
+
+
+def test_the_lower_layers_import_neither_lightning_nor_optuna_nor_tensorboard() -> None:
+    assert {"lightning_prune.masks", "lightning_prune.plan", "lightning_prune.pruner"} < set(LOWER)
+    loaded = loaded_after("\n".join(f"import {module}" for module in LOWER))
+    assert "torch" in loaded
+    assert loaded.isdisjoint({"lightning", "pytorch_lightning", "optuna", "tensorboard"})
+
+
+def test_public_names_of_the_lower_layers_come_without_lightning() -> None:
+    loaded = loaded_after(
+        "from lightning_prune import AGP, Filter, LayerTable, Magnitude, Pruner, SparsityPlan, sparsity"
+    )
+    assert loaded.isdisjoint({"lightning", "optuna", "tensorboard", "matplotlib"})
+
+
+def test_the_package_itself_imports_nothing_heavy() -> None:
+    loaded = loaded_after("import lightning_prune\ndir(lightning_prune)")
+    assert "lightning_prune" in loaded
+    assert loaded.isdisjoint({"torch", "numpy", "lightning", "torchvision", "matplotlib", "yaml"})
+
+
+@pytest.mark.parametrize("name", lightning_prune.__all__)
+def test_every_public_name_is_there_and_documented(name: str) -> None:
+    value = getattr(lightning_prune, name)
+    assert value.__name__ == name
+    assert value.__module__.startswith("lightning_prune.")
+    assert value.__doc__
+
+
+def test_type_checkers_see_the_same_names() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    seen = {alias.asname: (node.module, alias.name) for node in imports for alias in node.names}
+    assert set(seen) == set(lightning_prune.__all__)
+    for name, (module, original) in seen.items():
+        assert original == name
+        assert module == getattr(lightning_prune, name).__module__
+
+
+def test_all_is_what_dir_shows_and_others_are_attribute_errors() -> None:
+    assert dir(lightning_prune) == sorted(set(lightning_prune.__all__))
+    with pytest.raises(AttributeError, match="module 'lightning_prune' has no attribute 'Prunning'"):
+        lightning_prune.Prunning  # noqa: B018
+    assert not hasattr(lightning_prune, "torch")
