@@ -1,84 +1,52 @@
-"""Prune networks from a Lightning Trainer."""
+"""Prune networks from a Lightning Trainer.
+
+Each module says in its `__all__` what belongs here. What needs Lightning is imported on first use, so that
+`import lightning_prune.masks` needs torch alone.
+"""
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lightning_prune import criteria, granularities, layers, metrics, moments, plan, pruner, rewinding, schedules
+from lightning_prune.criteria import *
+from lightning_prune.granularities import *
+from lightning_prune.layers import *
+from lightning_prune.metrics import *
+from lightning_prune.moments import *
+from lightning_prune.plan import *
+from lightning_prune.pruner import *
+from lightning_prune.rewinding import *
+from lightning_prune.schedules import *
+
 if TYPE_CHECKING:
-    from lightning_prune.callbacks.monitor import SparsityMonitor as SparsityMonitor
-    from lightning_prune.callbacks.pruning import Pruning as Pruning
-    from lightning_prune.criteria import Criterion as Criterion
-    from lightning_prune.criteria import Evidence as Evidence
-    from lightning_prune.criteria import GradientMagnitude as GradientMagnitude
-    from lightning_prune.criteria import InitialMagnitude as InitialMagnitude
-    from lightning_prune.criteria import Magnitude as Magnitude
-    from lightning_prune.criteria import MagnitudeChange as MagnitudeChange
-    from lightning_prune.criteria import Movement as Movement
-    from lightning_prune.criteria import Random as Random
-    from lightning_prune.granularities import NM as NM
-    from lightning_prune.granularities import Block as Block
-    from lightning_prune.granularities import Channel as Channel
-    from lightning_prune.granularities import Filter as Filter
-    from lightning_prune.granularities import Granularity as Granularity
-    from lightning_prune.granularities import Kernel as Kernel
-    from lightning_prune.granularities import Unstructured as Unstructured
-    from lightning_prune.granularities import Vector as Vector
-    from lightning_prune.layers import LayerSpec as LayerSpec
-    from lightning_prune.layers import LayerTable as LayerTable
-    from lightning_prune.layers import layer_table as layer_table
-    from lightning_prune.metrics import compression_ratio as compression_ratio
-    from lightning_prune.metrics import sparsity as sparsity
-    from lightning_prune.metrics import theoretical_speedup as theoretical_speedup
-    from lightning_prune.moments import Epochs as Epochs
-    from lightning_prune.moments import Steps as Steps
-    from lightning_prune.plan import SparsityPlan as SparsityPlan
-    from lightning_prune.plan import Std as Std
-    from lightning_prune.pruner import Pruner as Pruner
-    from lightning_prune.rewinding import LearningRateRewinding as LearningRateRewinding
-    from lightning_prune.rewinding import WeightRewinding as WeightRewinding
-    from lightning_prune.schedules import AGP as AGP
-    from lightning_prune.schedules import Cosine as Cosine
-    from lightning_prune.schedules import Iterative as Iterative
-    from lightning_prune.schedules import Linear as Linear
-    from lightning_prune.schedules import OneCycle as OneCycle
-    from lightning_prune.schedules import OneShot as OneShot
-    from lightning_prune.schedules import Schedule as Schedule
-    from lightning_prune.trainer import PruneTrainer as PruneTrainer
+    from lightning_prune.callbacks.monitor import SparsityMonitor
+    from lightning_prune.callbacks.pruning import Pruning
+    from lightning_prune.trainer import PruneTrainer
 
-# Imported on first use, so that `import lightning_prune.masks` needs torch alone.
-_HOMES = {
-    "callbacks.monitor": ["SparsityMonitor"],
-    "callbacks.pruning": ["Pruning"],
-    "criteria": [
-        "Criterion",
-        "Evidence",
-        "GradientMagnitude",
-        "InitialMagnitude",
-        "Magnitude",
-        "MagnitudeChange",
-        "Movement",
-        "Random",
-    ],
-    "granularities": ["NM", "Block", "Channel", "Filter", "Granularity", "Kernel", "Unstructured", "Vector"],
-    "layers": ["LayerSpec", "LayerTable", "layer_table"],
-    "metrics": ["compression_ratio", "sparsity", "theoretical_speedup"],
-    "moments": ["Epochs", "Steps"],
-    "plan": ["SparsityPlan", "Std"],
-    "pruner": ["Pruner"],
-    "rewinding": ["LearningRateRewinding", "WeightRewinding"],
-    "schedules": ["AGP", "Cosine", "Iterative", "Linear", "OneCycle", "OneShot", "Schedule"],
-    "trainer": ["PruneTrainer"],
+_LAZY = {
+    "PruneTrainer": "lightning_prune.trainer",
+    "Pruning": "lightning_prune.callbacks.pruning",
+    "SparsityMonitor": "lightning_prune.callbacks.monitor",
 }
-_MODULES = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_MODULES)
+__all__ = ["PruneTrainer", "Pruning", "SparsityMonitor"]
+__all__ += criteria.__all__
+__all__ += granularities.__all__
+__all__ += layers.__all__
+__all__ += metrics.__all__
+__all__ += moments.__all__
+__all__ += plan.__all__
+__all__ += pruner.__all__
+__all__ += rewinding.__all__
+__all__ += schedules.__all__
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in _LAZY:
         raise AttributeError(f"module 'lightning_prune' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"lightning_prune.{_MODULES[name]}"), name)
+    return getattr(importlib.import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:

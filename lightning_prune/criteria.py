@@ -16,6 +16,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+__all__ = [
+    "Criterion",
+    "Evidence",
+    "GradientMagnitude",
+    "InitialMagnitude",
+    "Magnitude",
+    "MagnitudeChange",
+    "Movement",
+    "Random",
+]
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -53,7 +64,8 @@ class Evidence:
         """
         if self.observed is None or self.steps < 1:
             raise ValueError(
-                f"no gradient of {self.name!r} was observed yet; begin pruning after at least one optimizer step"
+                f"no gradient of {self.name!r} was observed yet; begin pruning after a step in which it has one, or "
+                "leave it out of the plan"
             )
         return self.observed
 
@@ -111,6 +123,7 @@ class Magnitude(Criterion):
         """Refuse an exponent without a meaning."""
         if not (self.p > 0 and math.isfinite(self.p)):
             raise ValueError(f"Magnitude needs a finite p above 0, got p={self.p!r}")
+        object.__setattr__(self, "p", float(self.p))
 
     def score(self, evidence: Evidence) -> Tensor:
         """See the class."""

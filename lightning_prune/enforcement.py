@@ -51,6 +51,7 @@ class Enforcer:
         self._bits: dict[str, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._gradients_masked: set[int] = set()
+        self._trusted = True
         self.stepped = False
         """Whether an optimizer step has happened since this was last set to False."""
 
@@ -72,7 +73,7 @@ class Enforcer:
         for optimizer in optimizers:
             for parameter, state in optimizer.state.items():
                 bits = self._bits.get(self._names.get(id(parameter), ""))
-                if bits is None or not isinstance(state, dict):
+                if bits is None:
                     continue
                 for value in state.values():
                     if isinstance(value, Tensor) and value.shape == bits.shape:
@@ -111,9 +112,15 @@ class Enforcer:
         if dense:
             self._gradients_masked.add(id(optimizer))
 
-    def attach(self, optimizers: Iterable[Optimizer]) -> None:
-        """Watch over the steps of these optimizers; what was attached before is let go."""
+    def attach(self, optimizers: Iterable[Optimizer], gradients_stay: bool = True) -> None:
+        """Watch over the steps of these optimizers; what was attached before is let go.
+
+        Args:
+            optimizers: those that update the parameters.
+            gradients_stay: whether nobody changes gradients between `mask_gradients` and the step.
+        """
         self.detach()
+        self._trusted = gradients_stay
         self._handles = [optimizer.register_step_post_hook(self._after_step) for optimizer in optimizers]
 
     def detach(self) -> None:
@@ -127,7 +134,7 @@ class Enforcer:
         self.stepped = True
         masked = id(optimizer) in self._gradients_masked
         self._gradients_masked.discard(id(optimizer))
-        if not (masked and type(optimizer) in ZERO_PRESERVING):
+        if not (masked and self._trusted and type(optimizer) in ZERO_PRESERVING):
             self.mask_weights()
 
 

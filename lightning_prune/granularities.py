@@ -15,6 +15,8 @@ from torch import Tensor
 
 from lightning_prune.selection import lowest_per_row
 
+__all__ = ["NM", "Block", "Channel", "Filter", "Granularity", "Kernel", "Unstructured", "Vector"]
+
 
 @dataclass(frozen=True)
 class Granularity(ABC):

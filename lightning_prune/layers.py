@@ -14,6 +14,8 @@ from lightning_prune.operators import WeightUse
 from lightning_prune.targets import closest, parameters
 from lightning_prune.tracing import weight_uses
 
+__all__ = ["LayerSpec", "LayerTable", "layer_table"]
+
 
 @dataclass(frozen=True)
 class LayerCall:

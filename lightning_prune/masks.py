@@ -21,7 +21,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_prune.granularities import Granularity, Unstructured
+from lightning_prune.granularities import NM, Granularity, Unstructured
 from lightning_prune.selection import lowest, lowest_per_row
 from lightning_prune.targets import Layout, closest
 
@@ -125,13 +125,16 @@ def _named_pools(groups: Mapping[str, Sequence[str]], names: Sequence[str]) -> l
     return [tuple(name for name in names if owner[name] == group) for group in groups]
 
 
-def check(parts: Mapping[str, Part], target: Mapping[str, float], scope: Scope) -> None:
+def check(
+    parts: Mapping[str, Part], target: Mapping[str, float], scope: Scope, groups: Iterable[Sequence[str]] = ()
+) -> None:
     """Refuse combinations that make no sense, before any work starts.
 
     Args:
         parts: the parameters to be pruned.
         target: the sparsity each is to reach.
         scope: who competes with whom.
+        groups: the pools that follow from it.
 
     Raises:
         ValueError: naming the parameter, the granularity and what it does not go with.
@@ -147,6 +150,14 @@ def check(parts: Mapping[str, Part], target: Mapping[str, float], scope: Scope) 
             raise ValueError(
                 f"{where} does not go with scope='filter': its groups are not parts of one filter; use scope='local' "
                 "or 'global', or a granularity within filters such as Unstructured() or Kernel()"
+            )
+    for pool in groups:
+        patterns = {(str(parts[name].granularity), target[name]): name for name in pool}
+        if len(patterns) > 1 and any(isinstance(parts[name].granularity, NM) for name in pool):
+            (first, one), (second, other) = list(patterns.items())[:2]
+            raise ValueError(
+                f"{one!r} ({first[0]} at {first[1]:g}) and {other!r} ({second[0]} at {second[1]:g}) share a budget, so "
+                "no N:M pattern would come out; use scope='local', or groups of one pattern and sparsity"
             )
 
 
@@ -210,7 +221,7 @@ def _pooled(name: str, part: Part, scores: Tensor, dead: Tensor | None) -> Tenso
 
 def _lowest_in_rows(pooled: Tensor, share: float, dead: Tensor | None) -> Tensor:
     rows = pooled.reshape(pooled.shape[0], -1)
-    already = 0 if dead is None or not rows.numel() else int(dead.reshape(rows.shape).sum(dim=1).max())
+    already = 0 if dead is None else int(dead.reshape(rows.shape).sum(dim=1).max())
     return lowest_per_row(rows, max(round(share * rows.shape[1]), already)).reshape(pooled.shape)
 
 
@@ -225,7 +236,7 @@ def _count(pooled: Sequence[Tensor], pool: Sequence[Part], shares: Sequence[floa
     sizes = [part.group_size for part in pool]
     if len(set(sizes)) == 1:
         return round(budget / sizes[0])
-    flat = torch.cat([score.flatten().double() for score in pooled])
+    flat = torch.cat([score.flatten() for score in pooled])
     weights = torch.cat([torch.full((score.numel(),), size) for score, size in zip(pooled, sizes, strict=True)])
     removed = weights.to(flat.device)[flat.argsort(stable=True)].cumsum(0).double()
     removed = torch.cat([removed.new_zeros(1), removed])

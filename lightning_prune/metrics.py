@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from lightning_prune import targets
 from lightning_prune.layers import LayerTable
 
+__all__ = ["compression_ratio", "sparsity", "theoretical_speedup"]
+
 
 @dataclass(frozen=True)
 class Count:

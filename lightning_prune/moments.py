@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import math
+from abc import ABC
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+__all__ = ["Epochs", "Steps"]
+
 
 @dataclass(frozen=True)
-class Epochs:
+class Interval(ABC):
+    """So many units of training: where it says when, counted from the start.
+
+    Args:
+        n: how many.
+    """
+
+    n: float
+
+
+@dataclass(frozen=True)
+class Epochs(Interval):
     """A point or interval of training, counted in epochs.
 
     >>> Epochs(2).n
     2
     """
-
-    n: float
 
     def __post_init__(self) -> None:
         """Refuse a negative count."""
@@ -24,14 +36,12 @@ class Epochs:
 
 
 @dataclass(frozen=True)
-class Steps:
+class Steps(Interval):
     """A point or interval of training, counted in optimizer steps (in batches under manual optimization).
 
     >>> Steps(100).n
     100
     """
-
-    n: int
 
     def __post_init__(self) -> None:
         """Refuse what is no count."""
@@ -39,7 +49,9 @@ class Steps:
             raise ValueError(f"Steps needs a whole n >= 0, got n={self.n!r}")
 
 
-Moment: TypeAlias = Epochs | Steps | float
+Unit: TypeAlias = Literal["steps", "epochs"]
+
+Moment: TypeAlias = Interval | float
 """A point of training: after so many epochs, so many steps, or a share of the whole training in [0, 1]."""
 
 
@@ -50,10 +62,12 @@ class Length:
     Args:
         steps: in all; None if training has no known end.
         steps_per_epoch: None if the loader has no length.
+        epochs: in all; None if only steps or time end the training.
     """
 
     steps: int | None
     steps_per_epoch: int | None
+    epochs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,7 @@ class Window:
     begin: int
     end: int
     every: int
-    unit: Literal["steps", "epochs"] = "steps"
+    unit: Unit = "steps"
 
     def progress(self, position: int) -> float | None:
         """The share of the window at the last update due at `position`; None before the window.
@@ -88,7 +102,7 @@ def check_moment(what: str, moment: Moment) -> None:
     Raises:
         ValueError: naming the argument and its value.
     """
-    if not isinstance(moment, Epochs | Steps) and not 0.0 <= moment <= 1.0:
+    if not isinstance(moment, Interval) and not 0.0 <= moment <= 1.0:
         raise ValueError(f"{what} is a share of training in [0, 1], Epochs(n) or Steps(n), got {what}={moment!r}")
 
 
@@ -98,32 +112,34 @@ def check_order(begin: Moment, end: Moment) -> None:
     Raises:
         ValueError: naming both ends.
     """
-    kinds = {type(moment) if isinstance(moment, Epochs | Steps) else float for moment in (begin, end)}
+    kinds = {type(moment) if isinstance(moment, Interval) else float for moment in (begin, end)}
     if len(kinds) == 1 and _number(begin) >= _number(end):
         raise ValueError(f"Pruning needs begin < end, got begin={begin}, end={end}; lower begin or raise end")
 
 
-def position_of(what: str, moment: Moment, length: Length) -> int:
-    """A moment as a number of steps.
+def position_of(what: str, moment: Moment, length: Length, unit: Unit = "steps") -> int:
+    """A moment as a number of steps, or of epochs where steps per epoch are unknown.
 
     Raises:
         ValueError: if the training has no length that a share or an epoch could be taken of.
     """
-    if isinstance(moment, Steps):
-        return moment.n
     if _number(moment) == 0:
         return 0
-    if isinstance(moment, Epochs):
-        if length.steps_per_epoch is None:
-            raise ValueError(
-                f"{what}={moment} cannot be told in steps: the training loader has no length; give begin, end and "
-                "every all in Epochs, or all in Steps"
-            )
-        return round(moment.n * length.steps_per_epoch)
+    if unit == "epochs" and isinstance(moment, Epochs):
+        return math.ceil(moment.n)
+    if unit == "steps" and isinstance(moment, Steps):
+        return int(moment.n)
+    if isinstance(moment, Interval):
+        if unit == "steps" and length.steps_per_epoch is not None:
+            return round(moment.n * length.steps_per_epoch)
+        raise ValueError(
+            f"{what}={moment} cannot be told in {unit}: the training loader has no length, or epochs differ in steps; "
+            "give begin, end, every and rewind.to all in Epochs, or all in Steps"
+        )
     if length.steps is None:
         raise ValueError(
-            f"{what}={moment} is a share of training, but this training has no known length (unsized loader or no "
-            f"max_epochs); set the Trainer's max_steps, or give {what} as Epochs(n) or Steps(n)"
+            f"{what}={moment} is a share of training, but this training has no known length (unsized loader, no "
+            f"max_epochs, or accumulation that changes); set max_steps, or give {what} as Epochs(n) or Steps(n)"
         )
     return round(moment * length.steps)
 
@@ -144,39 +160,27 @@ def window(begin: Moment, end: Moment, every: Moment | None, length: Length) -> 
     Window(begin=100, end=750, every=6, unit='steps')
     """
     moments = [moment for moment in (begin, end, every) if moment is not None and _number(moment) != 0]
-    if length.steps_per_epoch is None and moments and all(isinstance(moment, Epochs) for moment in moments):
-        return _ordered(
-            Window(
-                math.ceil(_number(begin)),
-                math.ceil(_number(end)),
-                max(1, math.ceil(_number(every)) if every is not None else 1),
-                unit="epochs",
-            ),
-            begin,
-            end,
-        )
-    first, last = position_of("begin", begin, length), position_of("end", end, length)
-    share = not isinstance(begin, Epochs | Steps) and not isinstance(end, Epochs | Steps)
-    if share and first == last and length.steps is not None:  # shares of a very short training may fall on one step
-        first = min(first, length.steps - 1)
+    in_epochs = length.steps_per_epoch is None and all(isinstance(moment, Epochs) for moment in moments)
+    unit: Unit = "epochs" if in_epochs else "steps"
+    total = length.epochs if in_epochs else length.steps
+    first, last = position_of("begin", begin, length, unit), position_of("end", end, length, unit)
+    shares = not isinstance(begin, Interval) and not isinstance(end, Interval)
+    if shares and first == last and total is not None:  # shares of a very short training may fall on one step
+        first = min(first, total - 1)
         last = first + 1
-    if length.steps is not None and last > length.steps:
+    if first >= last:
         raise ValueError(
-            f"pruning would end at {end}, step {last}, but training lasts {length.steps} steps; lower end or train "
-            "longer (max_epochs, max_steps)"
+            f"Pruning needs begin < end, got begin={begin}, end={end}, which are {unit} {first} and {last} of this "
+            "training; lower begin or raise end"
         )
-    interval = max(1, (last - first) // 100) if every is None else max(1, position_of("every", every, length))
-    return _ordered(Window(first, last, interval), begin, end)
-
-
-def _ordered(window: Window, begin: Moment, end: Moment) -> Window:
-    if window.begin >= window.end:
+    if total is not None and last > total:
         raise ValueError(
-            f"Pruning needs begin < end, got begin={begin}, end={end}, which are {window.unit} {window.begin} and "
-            f"{window.end} of this training; lower begin or raise end"
+            f"pruning would end at {end}, after {last} {unit}, but training lasts {total}; lower end or train longer "
+            "(max_epochs, max_steps)"
         )
-    return window
+    interval = (last - first) // 100 if every is None else position_of("every", every, length, unit)
+    return Window(first, last, max(1, interval), unit)
 
 
 def _number(moment: Moment) -> float:
-    return moment.n if isinstance(moment, Epochs | Steps) else moment
+    return moment.n if isinstance(moment, Interval) else moment

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 from torch import nn
@@ -16,6 +16,8 @@ from torch import nn
 from lightning_prune import targets
 from lightning_prune.files import write_text
 from lightning_prune.granularities import Granularity
+
+__all__ = ["SparsityPlan", "Std"]
 
 _SCHEMA = "lightning-prune/plan/1"
 
@@ -43,6 +45,10 @@ class PlanEntry:
         object.__setattr__(self, "sparsity", float(number))
         if self.granularity is not None and not isinstance(self.granularity, Granularity):
             raise ValueError(f"granularity is an object such as Filter() or NM(2, 4), got {self.granularity!r}")
+
+
+Share: TypeAlias = float | PlanEntry | tuple[float, Granularity]
+"""What a plan may say of a parameter."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class SparsityPlan(Mapping[str, float]):
     SparsityPlan({'0.weight': 0.7, '1.weight': 0.5})
     """
 
-    def __init__(self, mapping: Mapping[str, Any]) -> None:
+    def __init__(self, mapping: Mapping[str, Share]) -> None:
         if not isinstance(mapping, Mapping):
             raise ValueError(
                 f'a sparsity plan is a map of names to fractions, got {mapping!r}; say {{"*": ...}} for all'
@@ -162,7 +168,13 @@ class SparsityPlan(Mapping[str, float]):
                     f"the plan names {pattern!r}, which matches no parameter of {type(model).__name__}; "
                     f"closest: {targets.closest(pattern, first)}"
                 )
-            won |= dict.fromkeys([name for name in matched if name in default] or matched, pattern)
+            usual = [name for name in matched if name in default]
+            if not usual and not pattern.strip("*"):
+                raise ValueError(
+                    f"{type(model).__name__} has no conv or linear weights, which {pattern!r} stands for; name what is "
+                    f"to be pruned, for example {targets.closest('weight', first, count=1)}"
+                )
+            won |= dict.fromkeys(usual or matched, pattern)
         won |= exact
         return {name: won[name] for name in targets.parameters(model) if name in won}
 
@@ -231,7 +243,7 @@ class SparsityPlan(Mapping[str, float]):
         """
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
             raise ValueError(f"{path} is no YAML file, so no sparsity plan: {error}; write it anew") from None
         if not isinstance(content, dict):
             raise ValueError(
@@ -277,7 +289,7 @@ def _granularity(value: Mapping[str, Any]) -> Granularity:
     name = str(value.get("class_path", "")).rpartition(".")[2]
     if name not in known:
         raise ValueError(f"unknown granularity {name!r}; closest: {targets.closest(name, known)}")
-    return known[name](**value.get("init_args", {}))
+    return known[name](**(value.get("init_args") or {}))
 
 
 def _subclasses(kind: type[Granularity]) -> Iterator[type[Granularity]]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 
 from lightning_prune import targets
@@ -15,7 +16,10 @@ from lightning_prune.criteria import Criterion, Evidence, Magnitude
 from lightning_prune.enforcement import Enforcer
 from lightning_prune.granularities import Granularity, Unstructured
 from lightning_prune.masks import Masks, Part, Scope, check, masks, pools
+from lightning_prune.observation import Observation
 from lightning_prune.plan import SparsityPlan
+
+__all__ = ["Pruner"]
 
 
 class Pruner:
@@ -55,8 +59,7 @@ class Pruner:
         if not matched:
             raise ValueError(f"{target} prunes nothing of {type(model).__name__}")
         # What is to stay dense is left alone, so that another pruner may have it.
-        matched = {name: entry for name, entry in matched.items() if target[entry] > 0}
-        self.plan = SparsityPlan({name: target.entry(entry) for name, entry in matched.items()})
+        self.plan = SparsityPlan({name: target.entry(entry) for name, entry in matched.items() if target[entry] > 0})
         given = (initial or SparsityPlan({})).resolve(model)
         self.initial_plan = SparsityPlan({name: given.get(name, 0.0) for name in self.plan})
         for name, start in self.initial_plan.items():
@@ -67,19 +70,27 @@ class Pruner:
         self.criterion, self.granularity, self.scope, self.regrow = criterion, granularity, scope, regrow
         named, layouts = targets.parameters(model), targets.layouts(model)
         self.parameters = {name: named[name] for name in self.plan}
+        for name, parameter in self.parameters.items():
+            if isinstance(parameter, UninitializedParameter):
+                raise ValueError(f"{name!r} of a lazy layer has no shape yet; run the model on an example once first")
         self._parts = {
             name: Part(parameter.shape, self.granularity_of(name), layouts.get(name, targets.Layout()))
             for name, parameter in self.parameters.items()
         }
-        self._pools = pools(scope, matched)
-        check(self._parts, self.plan, scope)
+        alive = [tuple(name for name in pool if name in self.plan) for pool in pools(scope, matched)]
+        self._pools = [pool for pool in alive if pool]
+        check(self._parts, self.plan, scope, self._pools)
         self._enforcer = Enforcer(self.parameters)
         self.masks: Masks = {}
         self.updates = 0
         self.level: float | None = None
         self._initial: dict[str, Tensor] = {}
-        self._observed: dict[str, Tensor] = {}
-        self._observed_steps: dict[str, int] = {}
+        self._observation = Observation(criterion)
+
+    @property
+    def removed(self) -> int:
+        """How many weights the masks remove."""
+        return sum(int((~mask).sum()) for mask in self.masks.values())
 
     @property
     def at_target(self) -> bool:
@@ -91,7 +102,17 @@ class Pruner:
         return self.plan.granularity(name) or self.granularity
 
     def begin(self) -> None:
-        """Remember the present weights as the initial ones, if the criterion needs them and has none yet."""
+        """Before the first step: remember the present weights, if the criterion needs them and has none yet.
+
+        Raises:
+            ValueError: if the criterion needs gradients of a parameter that has none.
+        """
+        frozen = [name for name, parameter in self.parameters.items() if not parameter.requires_grad]
+        if self.criterion.uses_gradient and frozen:
+            raise ValueError(
+                f"{self.criterion} needs gradients, but {frozen[0]!r} is frozen ({len(frozen)} such); leave it out of "
+                "the plan, or use a criterion such as Magnitude()"
+            )
         if self.criterion.uses_initial and not self._initial:
             self._initial = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
@@ -100,9 +121,7 @@ class Pruner:
         if self.criterion.uses_gradient and (self.regrow or not self.at_target):
             for name, parameter in self._enforcer.owned(optimizer).items():
                 if parameter.grad is not None:
-                    seen = self.criterion.observe(parameter.detach(), parameter.grad)
-                    self._observed[name] = self._observed[name] + seen if name in self._observed else seen.clone()
-                    self._observed_steps[name] = self._observed_steps.get(name, 0) + 1
+                    self._observation.add(name, parameter.detach(), parameter.grad)
         self._enforcer.mask_gradients(optimizer)
 
     def update(self, level: float, synchronise: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -125,7 +144,8 @@ class Pruner:
             name: start + (self.plan[name] - start) * level if level < 1.0 else self.plan[name]
             for name, start in self.initial_plan.items()
         }
-        self.begin()
+        if self.level is None:
+            self.begin()
         if any(sparsity.values()):
             new = masks(
                 {name: self._score(name) for name in self.parameters},
@@ -137,7 +157,9 @@ class Pruner:
             )
         else:  # nothing to choose, so nothing to score: gradients may not have been seen yet
             new = {name: torch.ones_like(p, dtype=torch.bool) for name, p in self.parameters.items()}
-        self.masks = {name: synchronise(mask) for name, mask in new.items()} if synchronise else new
+        if synchronise:
+            new = {name: synchronise(mask).to(mask.device) for name, mask in new.items()}
+        self.masks = new
         self.level = level
         self.updates += 1
         for name, mask in self.masks.items():
@@ -146,9 +168,7 @@ class Pruner:
                     f"all weights of {name!r} have been removed; give it an entry of its own, or use scope='local'",
                     stacklevel=2,
                 )
-        if self.criterion.forgets:
-            self._observed.clear()
-            self._observed_steps.clear()
+        self._observation.updated()
         self.enforce()
 
     def enforce(self, optimizers: Iterable[Optimizer] = (), copies: Iterable[nn.Module] = ()) -> None:
@@ -158,9 +178,14 @@ class Pruner:
         for copy in copies:
             self._enforcer.mask_copy(copy)
 
-    def attach(self, optimizers: Iterable[Optimizer]) -> None:
-        """Keep removed weights at zero after every step of these optimizers."""
-        self._enforcer.attach(optimizers)
+    def attach(self, optimizers: Iterable[Optimizer], gradients_stay: bool = True) -> None:
+        """Keep removed weights at zero after every step of these optimizers.
+
+        Args:
+            optimizers: those that update the parameters.
+            gradients_stay: whether nobody changes gradients between `observe` and the step.
+        """
+        self._enforcer.attach(optimizers, gradients_stay)
 
     def detach(self) -> None:
         """Let go of the optimizers."""
@@ -190,8 +215,7 @@ class Pruner:
             "updates": self.updates,
             "level": self.level,
             "initial": dict(self._initial),
-            "observed": dict(self._observed),
-            "observed_steps": dict(self._observed_steps),
+            "observation": self._observation.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -201,16 +225,21 @@ class Pruner:
             ValueError: if the state is that of another plan, criterion or scope, naming the first difference.
         """
         refuse_changes(state["settings"], self.settings())
-        for attribute in ("masks", "_initial", "_observed"):
-            stored = state[attribute.removeprefix("_")]
-            setattr(self, attribute, {name: v.to(self.parameters[name].device) for name, v in stored.items()})
+        device = {name: parameter.device for name, parameter in self.parameters.items()}
+        self.masks = {name: mask.to(device[name]) for name, mask in state["masks"].items()}
+        self._initial = {name: weight.to(device[name]) for name, weight in state["initial"].items()}
+        self._observation.load_state_dict(state["observation"], device)
         self.updates, self.level = state["updates"], state["level"]
-        self._observed_steps = dict(state["observed_steps"])
 
     def _score(self, name: str) -> Tensor:
         weight = self.parameters[name].detach()
-        observed, steps = self._observed.get(name), self._observed_steps.get(name, 0)
-        return self.criterion.score(Evidence(name, weight, self._initial.get(name), observed, steps))
+        scores = self.criterion.score(Evidence(name, weight, self._initial.get(name), *self._observation.of(name)))
+        if scores.shape != weight.shape:
+            raise ValueError(
+                f"{self.criterion} scores {name!r} of shape {list(weight.shape)} by a tensor of shape "
+                f"{list(scores.shape)}; score() returns one number per weight"
+            )
+        return scores
 
 
 def refuse_changes(then: dict[str, str], now: dict[str, str]) -> None:

@@ -1,7 +1,8 @@
 """Rewinding: retraining methods that go back in training each time weights have been removed.
 
 A snapshot is taken at an early point; after every mask update that removes weights, training continues from there:
-with the weights of then (weight rewinding) or only with the learning rate of then (learning-rate rewinding).
+with the weights of then (weight rewinding) or only with the learning rate of then (learning-rate rewinding). It is the
+whole network that goes back, not only what is pruned.
 Source: Frankle et al., "Stabilizing the Lottery Ticket Hypothesis" (2019); Renda et al., "Comparing Rewinding and
 Fine-tuning in Neural Network Pruning" (2020), section 2.
 """
@@ -19,6 +20,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lightning_prune.moments import Epochs, Moment
+
+__all__ = ["LearningRateRewinding", "WeightRewinding"]
 
 
 class Scheduler(Protocol):
@@ -47,7 +50,7 @@ class Rewinding(ABC):
 
 @dataclass(frozen=True)
 class WeightRewinding(Rewinding):
-    """Kept weights and BatchNorm statistics go back to the values they had at `to`, learning rates too.
+    """All weights and BatchNorm statistics go back to the values they had at `to`, learning rates too.
 
     Optimizer state begins anew. With `Epochs(0)` weights go back to initialisation, as in the lottery-ticket paper.
 

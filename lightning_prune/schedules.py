@@ -16,6 +16,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+__all__ = ["AGP", "Cosine", "Iterative", "Linear", "OneCycle", "OneShot", "Schedule"]
+
 
 @dataclass(frozen=True)
 class Schedule(ABC):
@@ -66,10 +68,10 @@ class OneShot(Schedule):
 
 @dataclass(frozen=True)
 class Iterative(Schedule):
-    """A staircase of equal steps: `f(p) = ceil(n * p) / n`, with `n = steps`.
+    """A staircase of equal steps: `f(p) = floor(n * p) / n`, with `n = steps`.
 
-    The first step is taken as soon as the window has begun, the last one when the share `(n - 1) / n` of it has
-    passed.
+    Training comes first: the first step is taken when the share `1 / n` of the window has passed, the last one at its
+    end.
 
     Args:
         steps: number of steps, at least 1.
@@ -77,7 +79,7 @@ class Iterative(Schedule):
     Source: the iterative pruning of Han et al., "Learning both Weights and Connections" (2015), section 3.
 
     >>> [Iterative(steps=4)(p) for p in (0.0, 0.1, 0.25, 0.3, 0.8, 1.0)]
-    [0.0, 0.25, 0.25, 0.5, 1.0, 1.0]
+    [0.0, 0.0, 0.25, 0.25, 0.75, 1.0]
     """
 
     steps: int = 5
@@ -90,8 +92,8 @@ class Iterative(Schedule):
 
     def shape(self, progress: float) -> float:
         """See the class."""
-        # Rounded so that 3 / 5 * 5, a little over 3 in floating point, is not taken for the fourth step.
-        return math.ceil(round(progress * self.steps, 9)) / self.steps
+        # Rounded so that a product a little below a whole number, for want of precision, is not the step before.
+        return math.floor(round(progress * self.steps, 9)) / self.steps
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class AGP(Schedule):
         """Refuse an exponent without a meaning."""
         if not (self.power > 0 and math.isfinite(self.power)):
             raise ValueError(f"AGP needs a finite power above 0, got power={self.power!r}")
+        object.__setattr__(self, "power", float(self.power))
 
     def shape(self, progress: float) -> float:
         """See the class."""

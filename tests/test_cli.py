@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,8 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning_prune.callbacks.monitor import SparsityMonitor
 from lightning_prune.callbacks.pruning import Pruning
 from lightning_prune.cli import PruneCLI, main
+from lightning_prune.granularities import Filter
+from lightning_prune.moments import Epochs, Steps
 from lightning_prune.schedules import AGP, Iterative, OneShot
 from lightning_prune.trainer import PruneTrainer
 from lightning_prune.zoo import HanCNN, ImageFolderData
@@ -120,6 +123,46 @@ def test_the_last_callback_takes_options() -> None:
     cli = build(*configs("digits", "agp"), *options, *start)
     [pruning] = [c for c in callbacks_of(cli) if isinstance(c, Pruning)]
     assert pruning.schedule == AGP(power=2)
+    assert pruning.begin == Epochs(3)
+    cli = build(*configs("digits", "agp"), "--trainer.callbacks.begin=Steps", "--trainer.callbacks.begin.n=5")
+    [pruning] = [c for c in callbacks_of(cli) if isinstance(c, Pruning)]
+    assert pruning.begin == Steps(5)
+
+
+MOMENTS: list[tuple[Any, Any]] = [
+    ({"class_path": "Steps", "init_args": {"n": 40}}, Steps(40)),
+    ({"class_path": "Epochs", "init_args": {"n": 2}}, Epochs(2)),
+    ({"class_path": "lightning_prune.Steps", "init_args": {"n": 40}}, Steps(40)),
+    (0.25, 0.25),
+]
+
+
+@pytest.mark.parametrize(("written", "meant"), MOMENTS)
+@pytest.mark.parametrize("where", ["begin", "every", "rewind"])
+def test_moments_keep_their_units_in_yaml_and_in_the_saved_configuration(
+    where: str, written: Any, meant: Any, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {
+        "sparsity": {"*": 0.5, "network.layers.0*": {"sparsity": 0.75, "granularity": {"class_path": "Filter"}}},
+        "schedule": {"class_path": "OneShot"},
+        "scope": {"all": "*"},
+        "begin": {"class_path": type(meant).__name__, "init_args": {"n": 50}} if where == "rewind" else 0.0,
+        "end": 1.0,
+        where: {"class_path": "WeightRewinding", "init_args": {"to": written}} if where == "rewind" else written,
+    }
+    if where == "rewind" and meant == 0.25:
+        options["begin"] = 0.5
+    path = tmp_path / "pruning.yaml"
+    for _ in range(2):  # as written, and as the configuration is saved
+        path.write_text(yaml.safe_dump({"trainer": {"callbacks": [{"class_path": "Pruning", "init_args": options}]}}))
+        cli = build(*configs("digits"), f"--config={path}")
+        [pruning] = [c for c in callbacks_of(cli) if isinstance(c, Pruning)]
+        found = getattr(pruning.rewind, "to", None) if where == "rewind" else getattr(pruning, where)
+        assert found == meant
+        assert type(found) is type(meant)
+        assert pruning.target.granularity("network.layers.0*") == Filter()
+        saved = yaml.safe_load(cli.parser.dump(cli.config))["trainer"]["callbacks"]
+        [options] = [each["init_args"] for each in saved if each["class_path"].endswith("Pruning")]
 
 
 def test_options_override_networks_and_data() -> None:

@@ -187,13 +187,14 @@ def test_parameters_that_join_an_optimizer_later() -> None:
 
 def test_frozen_and_unwatched_parameters_have_no_gradient_to_mask() -> None:
     weight, frozen, stranger = (nn.Parameter(torch.randn(4)) for _ in range(3))
-    enforcer = Enforcer({"weight": weight, "frozen": frozen})
+    dense = nn.Parameter(torch.randn(4))
+    enforcer = Enforcer({"weight": weight, "frozen": frozen, "dense": dense})
     enforcer.set({"weight": half(4)})
-    optimizer = torch.optim.SGD([weight, frozen, stranger], lr=0.1)
-    weight.grad, stranger.grad = torch.ones(4), torch.ones(4)
-    assert list(enforcer.owned(optimizer)) == ["weight"]
+    optimizer = torch.optim.SGD([weight, frozen, stranger, dense], lr=0.1)
+    weight.grad, stranger.grad, dense.grad = torch.ones(4), torch.ones(4), torch.ones(4)
+    assert list(enforcer.owned(optimizer)) == ["weight", "dense"]
     enforcer.mask_gradients(optimizer)
-    assert stranger.grad.tolist() == [1.0] * 4
+    assert stranger.grad.tolist() == dense.grad.tolist() == [1.0] * 4
 
 
 def test_a_step_that_saw_no_masked_gradients_is_made_up_for() -> None:
@@ -204,6 +205,17 @@ def test_a_step_that_saw_no_masked_gradients_is_made_up_for() -> None:
     weight.grad = torch.ones(8)
     enforcer.mask_gradients(optimizer)
     optimizer.step()
+    weight.grad = torch.ones(8)
+    optimizer.step()
+    assert torch.equal(weight != 0, mask)
+
+
+def test_gradients_masked_before_attaching_anew_are_forgotten() -> None:
+    weight, mask = nn.Parameter(torch.randn(8)), half(8)
+    enforcer, optimizer = watched(weight, mask), torch.optim.SGD([weight], lr=0.1)
+    weight.grad = torch.ones(8)
+    enforcer.mask_gradients(optimizer)
+    enforcer.attach([optimizer])
     weight.grad = torch.ones(8)
     optimizer.step()
     assert torch.equal(weight != 0, mask)

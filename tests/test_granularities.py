@@ -11,6 +11,8 @@ import torch
 from lightning_prune import NM, Block, Channel, Filter, Kernel, Unstructured, Vector
 from lightning_prune.granularities import Granularity
 from lightning_prune.masks import Part, check, masks
+from lightning_prune.targets import Layout
+from tests.contracts.tables import GRANULARITIES
 
 
 @pytest.mark.parametrize(
@@ -73,6 +75,7 @@ def test_weights_that_have_no_such_groups(granularity: Granularity, shape: tuple
         (Unstructured(), (4, 3), True),
         (Unstructured(), (4, 1), False),
         (Unstructured(), (4,), False),
+        (Unstructured(), (), False),
         (Kernel(), (4, 3, 2, 2), True),
         (Kernel(), (4, 1, 3, 3), False),
         (Vector(1), (4, 3, 2), True),
@@ -110,6 +113,29 @@ def test_pooled_scores_are_means() -> None:
     assert Kernel().pool(scores)[1, 2].item() == scores[1, 2].mean().item()
     assert Vector(3).pool(scores)[0, 1, 1].item() == 6.5
     assert Block(2, 2).pool(scores)[0, 1, 1, 0].item() == scores[:, 2:, 1, 0].mean().item()
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=repr)
+@pytest.mark.parametrize("layout", [Layout(), Layout(transposed=True)], ids=repr)
+def test_masks_are_whole_tensors_of_their_own(granularity: Granularity, layout: Layout) -> None:
+    """A mask that is an expanded view can neither be sent to other ranks nor be written to."""
+    kept = masks(
+        {"w": torch.randn(8, 8, 2, 2)}, {"w": 0.5}, parts={"w": Part(torch.Size([8, 8, 2, 2]), granularity, layout)}
+    )
+    assert kept["w"].is_contiguous()
+    assert kept["w"].untyped_storage().nbytes() == 8 * 8 * 2 * 2
+
+
+def test_masks_come_in_the_order_of_the_scores_whoever_competes() -> None:
+    scores = {name: torch.randn(4) for name in "abc"}
+    assert list(masks(scores, dict.fromkeys(scores, 0.5), groups=[("c",), ("b", "a")])) == ["a", "b", "c"]
+
+
+def test_a_shared_fraction_is_taken_of_the_total() -> None:
+    # round(0.1 * 25) is 2, but 0.1 * 1 + 0.1 * 24 is a little more than 2.5.
+    scores = {"a": torch.randn(1), "b": torch.randn(24)}
+    kept = masks(scores, {"a": 0.1, "b": 0.1}, groups=[("a", "b")])
+    assert sum(int((~mask).sum()) for mask in kept.values()) == 2
 
 
 def test_a_vector_is_its_own_filters() -> None:

@@ -82,8 +82,14 @@ def test_shares_of_a_short_training_are_a_window_within_it(begin: float, end: fl
         (Epochs(2), Steps(200), None, KNOWN, "needs begin < end.*which are steps 200 and 200 of this training; lower"),
         (0.5, Epochs(4), None, KNOWN, r"begin=0\.5, end=Epochs\(n=4\), which are steps 500 and 400"),
         (Epochs(0.2), Epochs(0.9), None, UNSIZED, "which are epochs 1 and 1 of this training"),
-        (Epochs(0), Epochs(11), None, KNOWN, r"end at Epochs\(n=11\), step 1100, but training lasts 1000 steps; lower"),
-        (Steps(0), Steps(1001), None, KNOWN, "step 1001, but training lasts 1000 steps"),
+        (
+            Epochs(0),
+            Epochs(11),
+            None,
+            KNOWN,
+            r"end at Epochs\(n=11\), after 1100 steps, but training lasts 1000; lower",
+        ),
+        (Steps(0), Steps(1001), None, KNOWN, "after 1001 steps, but training lasts 1000"),
     ],
 )
 def test_windows_that_are_none(begin: Any, end: Any, every: Any, length: Length, message: str) -> None:
@@ -104,13 +110,13 @@ def test_counts_are_not_negative(value: float) -> None:
     with pytest.raises(ValueError, match=f"Epochs needs a finite n >= 0, got n={value}"):
         Epochs(value)
     with pytest.raises(ValueError, match=f"Steps needs a whole n >= 0, got n={value}"):
-        Steps(value)  # type: ignore[arg-type]
+        Steps(value)
 
 
 def test_steps_are_whole_and_epochs_need_not_be() -> None:
     assert Epochs(0.5).n == 0.5
     with pytest.raises(ValueError, match=r"whole n >= 0, got n=0\.5"):
-        Steps(0.5)  # type: ignore[arg-type]
+        Steps(0.5)
 
 
 @pytest.mark.parametrize("share", [-0.01, 1.01, 75, math.nan, math.inf])

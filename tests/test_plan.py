@@ -181,7 +181,7 @@ class TestValue:
     def test_what_is_no_granularity_is_refused_with_its_name(self, granularity: Any) -> None:
         for value in ((0.5, granularity), {"sparsity": 0.5, "granularity": granularity}):
             with pytest.raises(ValueError, match=r"entry 'fc': granularity is an object such as Filter\(\).*got"):
-                SparsityPlan({"fc": value})
+                SparsityPlan({"fc": value})  # type: ignore[dict-item]
 
     @pytest.mark.parametrize("value", [(), (0.5, None, 1), {"granularity": None}, {"sparsity": 0.5, "block": 4}])
     def test_malformed_entries_are_refused_with_their_name(self, value: Any) -> None:
@@ -234,6 +234,10 @@ class TestThreshold:
         with torch.no_grad():
             model.weight.copy_(torch.tensor([[0.25, -0.5, 0.5, 1.0]]))
         assert SparsityPlan.from_threshold(model, {"weight": 0.5})["weight"] == 0.25
+
+    def test_of_nothing_nothing_is_removed(self) -> None:
+        model = nn.ParameterDict({"empty": torch.empty(0, 3)})
+        assert SparsityPlan.from_threshold(model, {"empty": 0.5})["empty"] == 0.0
 
     def test_names_and_patterns_mean_what_they_mean_in_plans(self) -> None:
         torch.manual_seed(0)

@@ -28,11 +28,13 @@ from lightning_prune import (
     Linear,
     Magnitude,
     OneShot,
+    Pruner,
     Pruning,
     SparsityPlan,
     Steps,
     WeightRewinding,
 )
+from lightning_prune.criteria import Criterion, Evidence
 from tests.contracts.tables import CRITERIA, SCHEDULES
 from tests.support import BATCHES, EPOCHS, Tiny, Watch, fit, loader, sgd, share_of_zeros, trainer
 
@@ -130,12 +132,14 @@ def test_default_targets_and_what_a_name_adds() -> None:
 
 @pytest.mark.parametrize(
     ("scope", "expected"),
-    [("local", [64, 32]), ("filter", [64, 32]), ({"a": ["net.0*"], "b": ["net.2*"]}, [64, 32])],
+    [("local", [64, 32]), ("filter", [64, 32]), ({"a": ["net.0*"], "b": "net.2*"}, [64, 32])],
     ids=str,
 )
 def test_scopes(scope: Any, expected: list[int]) -> None:
     pruning = Pruning(0.5, scope=scope)
     fit([pruning])
+    per_filter = {int((~row).sum()) for mask in pruning.masks.values() for row in mask}
+    assert (per_filter == {4, 8}) == (scope == "filter")
     assert [int((~mask).sum()) for mask in pruning.masks.values()] == expected
 
 
@@ -210,8 +214,54 @@ def test_lottery_ticket_rewinds_to_initialisation_at_each_step() -> None:
         )
     )
     fit([pruning, watch])
-    assert [step for step, back in enumerate(watch.seen, start=1) if back] == [1, 9]
+    assert [step for step, back in enumerate(watch.seen, start=1) if back] == [8, 16]
     assert pruning.at_target
+
+
+def test_rewinding_waits_until_something_is_removed() -> None:
+    trained = Watch(lambda _, module: module.get_parameter("net.0.weight").detach().clone())
+    seen = Watch(lambda _, module: module.get_parameter("net.0.weight").detach().clone())
+    pruning = Pruning(0.5, Iterative(2), begin=Steps(16), end=Steps(32), every=Steps(1), rewind=WeightRewinding())
+    fit([trained, pruning, seen])
+    assert torch.equal(trained.seen[15], seen.seen[15])  # the window begins, nothing is removed: nothing goes back
+    initial = Tiny().get_parameter("net.0.weight").detach()
+    gone = seen.seen[23] == 0
+    assert torch.equal(seen.seen[23], torch.where(gone, 0, initial))
+
+
+def test_callbacks_that_rewind_together_score_trained_weights() -> None:
+    names = ("net.0.weight", "net.2.weight")
+    trained = Watch(lambda _, module: [module.get_parameter(name).detach().clone() for name in names])
+    options: dict[str, Any] = {"begin": Steps(16), "end": 1.0, "rewind": WeightRewinding()}
+    both = [Pruning({name: 0.5}, OneShot(), **options) for name in names]
+    fit([trained, *both])
+    for pruning, weight in zip(both, trained.seen[15], strict=True):
+        [kept] = pruning.masks.values()
+        assert weight.abs()[kept].min() >= weight.abs()[~kept].max()
+
+
+class Normed(Tiny):
+    """With BatchNorm, Adam and its state."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(lambda p: torch.optim.Adam(p, lr=0.01), **options)
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+
+
+def test_weight_rewinding_covers_statistics_and_optimizer_state() -> None:
+    states = Watch(lambda loop, _: len(loop.optimizers[0].state))
+    steps = Watch(lambda loop, _: [float(state["step"]) for state in loop.optimizers[0].state.values()])
+    pruning = Pruning(0.5, OneShot(), begin=Steps(10), end=1.0, rewind=WeightRewinding())
+    fresh = Normed().state_dict()
+    fit([pruning, states, steps], Normed())
+    assert states.seen[9] == 0
+    assert steps.seen[11] == [2.0] * 6
+    model = Normed()
+    seen = Watch(lambda _, module: {name: value.clone() for name, value in module.state_dict().items()})
+    fit([Pruning(0.5, OneShot(), begin=Steps(10), end=1.0, rewind=WeightRewinding()), seen], model)
+    assert torch.equal(seen.seen[9]["net.1.running_mean"], fresh["net.1.running_mean"])
+    assert seen.seen[9]["net.1.num_batches_tracked"] == 0
+    assert not torch.equal(seen.seen[8]["net.1.running_mean"], fresh["net.1.running_mean"])
 
 
 def test_learning_rate_rewinding_restores_the_schedule() -> None:
@@ -272,10 +322,48 @@ def test_early_end_is_reported() -> None:
     assert not pruning.at_target
 
 
-@pytest.mark.filterwarnings("ignore:training stopped after")
-def test_max_time_ends_training_cleanly() -> None:
-    model = fit([Pruning(0.5, end=Steps(90), begin=Steps(0))], max_epochs=1000, max_time={"milliseconds": 1})
-    assert all(torch.isfinite(p).all() for p in model.parameters())
+def test_max_time_keeps_masks_and_says_that_the_plan_was_not_reached() -> None:
+    pruning = Pruning(0.5, end=Steps(90), begin=Steps(0), initial=0.25)
+    with pytest.warns(UserWarning, match="pruning ends after 90: the plan was not reached"):
+        model = fit([pruning], max_epochs=1000, max_time={"milliseconds": 1})
+    assert 0.25 <= share_of_zeros(model) < 0.5
+    assert sum(int((~mask).sum()) for mask in pruning.masks.values()) / WEIGHTS == share_of_zeros(model)
+
+
+def test_unsized_loader_with_epochs_past_the_end_is_refused() -> None:
+    with pytest.raises(ValueError, match="after 30 epochs, but training lasts 4"):
+        trainer([Pruning(0.5, end=Epochs(30))]).fit(Tiny(), stream(), loader())
+
+
+def test_lazy_layers_are_refused() -> None:
+    model = Tiny()
+    model.net = nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.LazyLinear(4))
+    with pytest.raises(ValueError, match=r"'net\.0\.weight' of a lazy layer has no shape yet; run the model"):
+        Pruner(model, SparsityPlan({"*": 0.5}))
+
+
+def test_frozen_weights_give_no_gradients() -> None:
+    model = Tiny()
+    model.net[0].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"needs gradients, but 'net\.0\.weight' is frozen"):
+        fit([Pruning(0.5, criterion=GradientMagnitude())], model)
+    fit([Pruning(0.5)], model)
+
+
+def test_a_star_names_no_biases() -> None:
+    model = Tiny()
+    model.net = nn.Sequential(nn.LayerNorm(8), nn.LayerNorm(8))
+    with pytest.raises(ValueError, match=r"has no conv or linear weights, which '\*' stands for; name what"):
+        fit([Pruning(0.5)], model)
+
+
+def test_a_criterion_of_a_wrong_shape_is_named() -> None:
+    class Row(Criterion):
+        def score(self, evidence: Evidence) -> Tensor:
+            return evidence.weight.abs().sum(dim=1)
+
+    with pytest.raises(ValueError, match=r"scores 'net\.0\.weight' of shape \[16, 8\] by a tensor of shape \[16\]"):
+        fit([Pruning(0.5, criterion=Row())])
 
 
 def test_fast_dev_run_goes_through_everything() -> None:
@@ -325,6 +413,10 @@ def test_a_layer_that_dies_is_reported() -> None:
         (lambda: Pruning(0.5, end=75), r"end is a share of training in \[0, 1\].*got end=75"),
         (lambda: Pruning(0.5, every=-1.0), "every=-1"),
         (lambda: Pruning(0.5, scope="layer"), "scope is 'global', 'local', 'filter'.*got 'layer'"),
+        (
+            lambda: Pruning(0.5, OneShot(), rewind=WeightRewinding(to=1.5)),
+            r"rewind\.to is a share.*got rewind\.to=1\.5",
+        ),
         (lambda: Pruning(0.5, rewind=WeightRewinding()), "AGP.*changes masks at every update.*OneShot"),
     ],
 )
@@ -343,11 +435,16 @@ def test_bad_arguments_are_refused_when_built(build: Any, message: str) -> None:
         (Pruning(0.5, granularity=Kernel()), r"Kernel\(\) on 'net\.0\.weight'.*only weights of convolutions"),
         (Pruning(0.5, granularity=Filter(), scope="filter"), r"Filter\(\) on .*does not go with scope='filter'"),
         (Pruning(0.5, begin=Steps(20), end=Epochs(2)), "which are steps 20 and 16 of this training"),
-        (Pruning(0.5, begin=Epochs(0), end=Epochs(9)), "step 72, but training lasts 32 steps"),
+        (Pruning(0.5, begin=Epochs(0), end=Epochs(9)), "after 72 steps, but training lasts 32"),
         (Pruning(0.5, OneShot(), GradientMagnitude()), r"needs gradients, but OneShot\(\) prunes before.*Steps\(1\)"),
+        (Pruning(0.5, criterion=GradientMagnitude(), initial=0.1), r"needs gradients, but AGP.* prunes before"),
         (Pruning(0.5, initial=0.6), r"initial sparsity 0\.6 of 'net\.0\.weight' is above its target 0\.5"),
         (Pruning(0.5, OneShot(), rewind=WeightRewinding(Epochs(1))), "rewinding to Epochs.*needs pruning to begin"),
         (Pruning(0.5, scope={"a": ["net.0*"]}), r"no scope group holds 'net\.2\.weight'"),
+        (
+            Pruning({"net.0*": (0.5, NM(2, 4)), "net.2*": 0.9}, scope={"all": ["*"]}),
+            r"'net\.0\.weight' \(NM.*and 'net\.2\.weight' \(Unstructured.*share a budget",
+        ),
         (Pruning(0.5, scope={"a": ["net*"], "b": ["net.2*"]}), "in two scope groups, 'a' and 'b'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

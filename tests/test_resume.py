@@ -121,7 +121,7 @@ def checkpoint(tmp_path: Path, *callbacks: Callback, epochs: int = EPOCHS) -> st
         (Pruning(0.8), r"another plan of net\.0\.weight: 0 -> 0\.7, Unstructured\(\) then, 0 -> 0\.8"),
         (Pruning(0.7, initial=0.1), r"0 -> 0\.7.* then, 0\.1 -> 0\.7"),
         (Pruning(0.7, granularity=Filter()), r"Unstructured\(\) then, .*Filter\(\) now"),
-        (Pruning(0.7, criterion=Magnitude(2)), r"another criterion: Magnitude\(p=1\.0\) then, Magnitude\(p=2\) now"),
+        (Pruning(0.7, criterion=Magnitude(2)), r"another criterion: Magnitude\(p=1\.0\) then, Magnitude\(p=2\.0\) now"),
         (Pruning(0.7, OneShot()), r"another schedule: AGP\(power=3\.0\) then, OneShot\(\) now"),
         (Pruning(0.7, scope="local"), "another scope: global then, local now"),
         (Pruning({"net.0*": 0.7}), r"pruned by Pruning\[\*\], this training has \['Pruning\[net\.0\*\]'\]"),
@@ -130,6 +130,13 @@ def checkpoint(tmp_path: Path, *callbacks: Callback, epochs: int = EPOCHS) -> st
 def test_resume_with_a_changed_plan_is_refused(changed: Pruning, message: str, tmp_path: Path) -> None:
     path = checkpoint(tmp_path, Pruning(0.7), epochs=2)
     with pytest.raises(ValueError, match=message):
+        trainer([changed]).fit(Tiny(), loader(), loader(), ckpt_path=path, weights_only=True)
+
+
+def test_resume_with_another_way_of_retraining_is_refused(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, Pruning(0.7, Iterative(2)), epochs=2)
+    changed = Pruning(0.7, Iterative(2), rewind=LearningRateRewinding())
+    with pytest.raises(ValueError, match=r"another rewind: None then, LearningRateRewinding\(.*\) now"):
         trainer([changed]).fit(Tiny(), loader(), loader(), ckpt_path=path, weights_only=True)
 
 
@@ -156,8 +163,11 @@ def test_one_trainer_goes_on_for_more_epochs() -> None:
     loop = trainer([pruning], max_epochs=3)
     loop.fit(model, loader(), loader())
     masks = pruning.masks
+    assert pruning.updates > 2
+    updates = pruning.updates
     loop.fit_loop.max_epochs = 5
     loop.fit(model, loader(), loader())
+    assert pruning.updates == updates  # masks were kept, not chosen anew
     assert all(torch.equal(mask, pruning.masks[name]) for name, mask in masks.items())
     assert all(not model.get_parameter(name)[~mask].any() for name, mask in masks.items())
 
@@ -169,6 +179,12 @@ def test_validating_a_checkpoint_does_not_disturb_the_next_fit(tmp_path: Path) -
     model = fit([pruning], Tiny(seed=5))
     fresh = fit([Pruning(0.7)], Tiny(seed=5))
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in fresh.state_dict().items())
+
+
+def test_validating_a_checkpoint_needs_no_plan_of_its_own(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, Pruning(0.7), epochs=2)
+    loop = trainer([Pruning({"net.0*": 0.5})])
+    loop.validate(Tiny(), loader(), ckpt_path=path, verbose=False, weights_only=True)
 
 
 def test_checkpoint_loads_without_this_package_and_holds_plain_containers(tmp_path: Path) -> None:
@@ -218,3 +234,22 @@ def test_resume_in_mid_epoch(module: Any, tmp_path: Path) -> None:
     trainer([resumed]).fit(again, Stateful(), loader(), ckpt_path=path, weights_only=True)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in straight.state_dict().items())
     assert resumed.updates == pruning.updates
+
+
+def test_a_longer_training_never_goes_back_in_sparsity(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, Pruning(0.7), epochs=2)  # at target after 12 of 16 steps
+    seen: list[float] = []
+
+    class Note(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            seen.append(share_of_zeros(pl_module))
+
+    trainer([Pruning(0.7), Note()], max_epochs=8).fit(Tiny(), loader(), loader(), ckpt_path=path, weights_only=True)
+    assert set(seen) == {round(0.7 * 192) / 192}
+
+
+def test_a_checkpoint_of_another_plan_can_still_be_tested(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, Pruning(0.7), epochs=2)
+    other = trainer([Pruning({"net.0*": 0.5})])
+    [metrics] = other.validate(Tiny(), loader(), ckpt_path=path, verbose=False, weights_only=True)
+    assert metrics["val_loss"] > 0

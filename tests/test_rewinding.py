@@ -55,6 +55,32 @@ def test_learning_rates_go_back_as_often_as_asked(kind: Any, rate: Any, schedule
     assert len(set(first)) > 1
 
 
+class Counting:
+    """A scheduler of one's own, whose state is the very list that it appends to."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def step(self) -> None:
+        self.seen.append(len(self.seen))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seen = state_dict["seen"]
+
+
+def test_snapshots_share_nothing_with_schedulers() -> None:
+    model, scheduler = nn.Linear(4, 4), Counting()
+    scheduler.step()
+    snapshot = take(LearningRateRewinding(), model, [], [scheduler])
+    for _ in range(3):
+        scheduler.step()
+        restore(snapshot, model, [], [scheduler])
+        assert scheduler.seen == [0]
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=repr)
 def test_weights_statistics_and_optimizer_state(kind: Any) -> None:
     torch.manual_seed(0)

@@ -23,7 +23,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn
 
-from lightning_prune import Epochs, Linear, OneShot, Pruning, Steps
+from lightning_prune import Epochs, GradientMagnitude, Linear, Movement, OneShot, Pruning, Steps
 from lightning_prune.enforcement import ZERO_PRESERVING, Enforcer
 from tests.support import BATCHES, EPOCHS, Tiny, Watch, fit, loader, sgd, share_of_zeros, trainer
 from tests.test_resume import Manual
@@ -320,3 +320,71 @@ def test_sharding_strategies_are_refused() -> None:
     loop._accelerator_connector.strategy = FSDPStrategy(accelerator=None)
     with pytest.raises(ValueError, match="FSDPStrategy shards them"):
         pruning.setup(loop, Tiny(), "fit")
+
+
+def test_gradients_changed_after_masking_revive_nothing() -> None:
+    class Noisy(Tiny):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            for parameter in self.parameters():
+                if parameter.grad is not None:
+                    parameter.grad += torch.randn_like(parameter)
+
+    class NoisyCallback(Callback):
+        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+            Noisy.on_before_optimizer_step(pl_module, optimizer)
+
+    class Clipping(Tiny):
+        def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            Noisy.on_before_optimizer_step(self, optimizer)  # type: ignore[arg-type]
+
+    for model, more in ((Noisy(), []), (Tiny(), [NoisyCallback()]), (Clipping(), [])):
+        seen = Watch(lambda _, module: share_of_zeros(module))
+        fit([Pruning(0.7, OneShot()), *more, seen], model)
+        assert set(seen.seen) == {TARGET}
+
+
+def test_other_peoples_copies_of_the_model_are_left_alone() -> None:
+    class Teacher(Callback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            self.teacher = copy.deepcopy(pl_module)
+
+    teacher = Teacher()
+    fit([teacher, Pruning(0.7)])
+    assert share_of_zeros(teacher.teacher) == 0.0
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_stochastic_weight_averaging_with_batchnorm_reaches_the_target(first: bool) -> None:
+    """It adds an epoch in which only statistics are learned."""
+    pruning = Pruning(0.7, end=1.0)
+    averaging = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=0.5, annealing_epochs=1)
+    model = Tiny()
+    model.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+    fit([averaging, pruning] if first else [pruning, averaging], model)
+    assert pruning.at_target
+    assert share_of_zeros(model, "net.0.weight", "net.3.weight") == TARGET
+
+
+@pytest.mark.parametrize("criterion", [GradientMagnitude(), Movement()])
+def test_gradients_that_overflow_are_no_evidence(criterion: Any) -> None:
+    class Overflow(Tiny):
+        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss * math.inf if batch_idx % 4 == 1 else loss
+
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=16.0))
+    model = fit([Pruning(0.7, criterion=criterion, end=0.5)], Overflow(), plugins=[plugin])
+    assert share_of_zeros(model) == TARGET
+
+
+def test_a_gradient_criterion_where_an_optimizer_steps_now_and_then() -> None:
+    model = fit([Pruning(0.7, criterion=GradientMagnitude(), begin=Steps(4), every=Steps(1))], Manual())
+    assert share_of_zeros(model) == TARGET
+
+
+def test_manual_optimization_with_max_steps() -> None:
+    # Lightning counts 12 steps of both optimizers an epoch of 8 batches; 24 are reached after 16 batches.
+    pruning = Pruning(0.7, Linear(), end=0.5)
+    seen = Watch(lambda _, module: share_of_zeros(module))
+    fit([pruning, seen], Manual(), max_steps=24)
+    assert seen.seen[4] < seen.seen[5] == TARGET

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
 
-from lightning_prune.moments import Length
+from lightning_prune.moments import Length, Unit
 from lightning_prune.rewinding import Scheduler
 
 
@@ -24,24 +32,30 @@ def schedulers(trainer: Trainer) -> list[Scheduler]:
     return [config.scheduler for config in trainer.lr_scheduler_configs]
 
 
-def length(trainer: Trainer, pl_module: LightningModule) -> Length:
-    """What is known about the length of the training; sets up the training loader."""
+def length(trainer: Trainer, pl_module: LightningModule, max_epochs: int | None) -> Length:
+    """What is known about the length of the training; sets up the training loader.
+
+    Args:
+        trainer: who trains.
+        pl_module: what is trained.
+        max_epochs: as the user gave it; `StochasticWeightAveraging` adds an epoch in which nothing is learned.
+    """
+    epochs = max_epochs if max_epochs is not None and max_epochs >= 0 else None
     accumulation = [other for other in callbacks(trainer) if isinstance(other, GradientAccumulationScheduler)]
     if any(len(set(scheduler.scheduling.values())) > 1 for scheduler in accumulation):
-        return Length(steps=None, steps_per_epoch=None)  # epochs of different numbers of steps
+        return Length(steps=None, steps_per_epoch=None, epochs=epochs)  # epochs of different numbers of steps
     trainer.fit_loop.setup_data()
-    estimate = trainer.estimated_stepping_batches
-    steps = int(estimate) if math.isfinite(estimate) and estimate > 0 else None
     batches = trainer.num_training_batches
-    if not math.isfinite(batches):
-        return Length(steps, steps_per_epoch=None)
-    if not pl_module.automatic_optimization and steps is not None and trainer.max_steps > 0:
+    steps_per_epoch = math.ceil(batches / trainer.accumulate_grad_batches) if math.isfinite(batches) else None
+    limits = [] if steps_per_epoch is None or epochs is None else [steps_per_epoch * epochs]
+    if trainer.max_steps >= 0:
         # Lightning counts the steps of every optimizer; under manual optimization we count batches.
-        steps = min(steps, trainer.max_steps // max(len(trainer.optimizers), 1))
-    return Length(steps, steps_per_epoch=math.ceil(batches / trainer.accumulate_grad_batches))
+        optimizers = 1 if pl_module.automatic_optimization else max(len(trainer.optimizers), 1)
+        limits.append(trainer.max_steps // optimizers)
+    return Length(min(limits) if limits else None, steps_per_epoch, epochs)
 
 
-def position(trainer: Trainer, pl_module: LightningModule, unit: Literal["steps", "epochs"]) -> int:
+def position(trainer: Trainer, pl_module: LightningModule, unit: Unit) -> int:
     """How far the training has come; under manual optimization a step is a batch."""
     batches: Any = trainer.fit_loop.epoch_loop.batch_progress
     if unit == "epochs":
@@ -87,3 +101,20 @@ def whereabouts(trainer: Trainer) -> list[str]:
         ),
         *(f"watch it: tensorboard --logdir {board.save_dir}" for board in tensorboards(trainer)),
     ]
+
+
+def averages(trainer: Trainer) -> list[nn.Module]:
+    """Averaged copies of the model that callbacks keep, whose weights will replace the model's."""
+    keepers = [each for each in callbacks(trainer) if isinstance(each, WeightAveraging | StochasticWeightAveraging)]
+    return [value for keeper in keepers for value in vars(keeper).values() if isinstance(value, nn.Module)]
+
+
+def gradients_may_change(trainer: Trainer, pl_module: LightningModule, after: Callback) -> bool:
+    """Whether anything has the chance to change gradients between the hook of the callback `after` and the step."""
+    later = callbacks(trainer)[callbacks(trainer).index(after) + 1 :]
+    return (
+        is_overridden("on_before_optimizer_step", pl_module)
+        or is_overridden("configure_gradient_clipping", pl_module)
+        or any(is_overridden("on_before_optimizer_step", each) and type(each) is not type(after) for each in later)
+        or any(optimizer._optimizer_step_pre_hooks for optimizer in trainer.optimizers)
+    )

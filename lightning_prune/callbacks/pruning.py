@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import nn
 from torch.optim import Optimizer
 
 from lightning_prune import rewinding
 from lightning_prune.callbacks import _training
+from lightning_prune.callbacks._gate import Gate
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Unstructured
 from lightning_prune.masks import Masks, Scope, pools
 from lightning_prune.moments import Moment, Window, check_moment, check_order, position_of, window
-from lightning_prune.plan import SparsityPlan
+from lightning_prune.plan import Share, SparsityPlan
 from lightning_prune.pruner import Pruner, refuse_changes
 from lightning_prune.rewinding import Rewinding
 from lightning_prune.schedules import AGP, Schedule
@@ -36,8 +34,10 @@ class Pruning(Callback):
     A structured target counts weights, not groups: filters are removed until the share of removed weights is as close
     to the target as whole filters allow (see `lightning_prune.masks`).
 
-    Beside every metric `m` in `trainer.callback_metrics` there is `m_at_target`, NaN until all masks have reached
-    their targets, so `ModelCheckpoint(monitor="val_acc_at_target", mode="max")` keeps the best fully sparse checkpoint.
+    Beside every metric `m` in `trainer.callback_metrics` there is `m_at_target`, NaN if it was measured before all
+    masks had reached their targets. A `ModelCheckpoint` that monitors such a metric, as in
+    `ModelCheckpoint(monitor="val_acc_at_target", mode="max")`, keeps best models at full sparsity only, and an
+    `EarlyStopping` (listed after this callback) loses no patience before.
 
     Args:
         sparsity: the target: one number for all conv and linear weights, a map of name patterns to numbers, a
@@ -51,8 +51,8 @@ class Pruning(Callback):
         begin: of the window: a share of the training, `Epochs(n)` or `Steps(n)`.
         end: of the window; training after it is fine-tuning.
         every: the interval between updates; a hundredth of the window unless given.
-        rewind: go back in training after each update: `WeightRewinding` or `LearningRateRewinding`.
-        regrow: let removed weights return if their scores say so.
+        rewind: go back in training after each update that removes weights: `WeightRewinding`, `LearningRateRewinding`.
+        regrow: let removed weights return if their scores say so; scores made of the weight alone never do.
 
     Raises:
         ValueError: on anything that cannot work, before training starts; the message names value and remedy.
@@ -64,12 +64,12 @@ class Pruning(Callback):
 
     def __init__(
         self,
-        sparsity: float | dict[str, float] | SparsityPlan | str | Path,
+        sparsity: float | SparsityPlan | Mapping[str, Share] | str | Path,
         schedule: Schedule = AGP(),  # noqa: B008  frozen
         criterion: Criterion = Magnitude(),  # noqa: B008
         granularity: Granularity = Unstructured(),  # noqa: B008
-        scope: str | dict[str, list[str]] = "global",
-        initial: float | dict[str, float] | SparsityPlan | str | Path = 0.0,
+        scope: str | dict[str, list[str] | str] = "global",
+        initial: float | SparsityPlan | Mapping[str, Share] | str | Path = 0.0,
         begin: Moment = 0.0,
         end: Moment = 0.75,
         every: Moment | None = None,
@@ -94,6 +94,8 @@ class Pruning(Callback):
         pools(self.scope if isinstance(scope, str) else "global", {})
         self.begin, self.end, self.every = begin, end, every
         self.rewind, self.regrow = rewind, regrow
+        self._gate = Gate()
+        self._max_epochs: int | None = None
         self._pruner: Pruner | None = None
         self._window: Window | None = None
         self._rewind_position = 0
@@ -175,6 +177,7 @@ class Pruning(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies that cannot work; state of an earlier run is not this run's."""
         self._restored = {}
+        self._max_epochs = trainer.max_epochs
         if stage == "fit" and isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
             raise ValueError(
                 f"Pruning needs whole weights, {type(trainer.strategy).__name__} shards them; train on one device or "
@@ -193,6 +196,7 @@ class Pruning(Callback):
             regrow=self.regrow,
         )
         _refuse_overlap(self, pruner.plan, trainer, pl_module)
+        self._gate.check(trainer, before=self)
         previous, self._pruner = self._pruner, pruner
         if self._restored:
             refuse_changes(self._restored["settings"], self._settings())
@@ -211,9 +215,13 @@ class Pruning(Callback):
         """Begin, after the sanity check and the finders, which may have changed the number of steps."""
         self._place(trainer, pl_module)
         self.pruner.begin()
-        self.pruner.attach(trainer.optimizers)
+        gradients_stay = not _training.gradients_may_change(trainer, pl_module, after=self)
+        self.pruner.attach(trainer.optimizers, gradients_stay)
         self._enforce(trainer)
-        self._advance(trainer, pl_module)
+        if self is _all(trainer)[0]:
+            self._gate.hold(trainer)
+        if self is _all(trainer)[-1]:  # all have found their windows
+            _advance(trainer, pl_module)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Gradients are complete, unscaled and not yet clipped."""
@@ -223,13 +231,13 @@ class Pruning(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Update masks if one is due, right after an optimizer step that really happened."""
-        if self.pruner.stepped():
-            self._advance(trainer, pl_module)
+        if self is _all(trainer)[0] and any([each.pruner.stepped() for each in _all(trainer)]):  # noqa: C419  asks all
+            _advance(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Publish the metrics of validation once more, under names that count only at full sparsity."""
-        if _training.is_validating(trainer):
-            _publish(trainer)
+        if _training.is_validating(trainer) and self is _all(trainer)[0]:
+            self._gate.publish(trainer, _at_target(trainer))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report weights that have diverged; publish training metrics for checkpoints that monitor them."""
@@ -238,13 +246,15 @@ class Pruning(Callback):
                 f"weights of {name!r} are NaN or infinite: training has diverged; lower the learning rate, clip "
                 "gradients, or resume from an earlier checkpoint"
             )
-        _publish(trainer)
+        if self is _all(trainer)[0]:
+            self._gate.publish(trainer, _at_target(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make up for an update that no step followed, and say so if the target was not reached."""
-        self._advance(trainer, pl_module)
+        if self is _all(trainer)[0]:
+            _advance(trainer, pl_module)
         self._enforce(trainer)
-        self.pruner.detach()
+        self._let_go()
         if not self.at_target and self._window is not None:
             unit = self._window.unit
             self._warn(
@@ -257,12 +267,11 @@ class Pruning(Callback):
         self.pruner.enforce()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the optimizers."""
-        if self._pruner:
-            self._pruner.detach()
+        """Let go of optimizers and callbacks."""
+        self._let_go()
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the optimizers."""
+    def _let_go(self) -> None:
+        self._gate.release()
         if self._pruner:
             self._pruner.detach()
 
@@ -272,7 +281,7 @@ class Pruning(Callback):
 
     def _place(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the window in this training."""
-        length = _training.length(trainer, pl_module)
+        length = _training.length(trainer, pl_module, self._max_epochs)
         if trainer.fast_dev_run and length.steps:  # type: ignore[attr-defined]
             self._window = Window(0, length.steps, 1)  # a trial run of a few batches goes through everything
             self._rewind_position = 0
@@ -285,38 +294,34 @@ class Pruning(Callback):
                 "later, for example begin=Steps(1)"
             )
         if self.rewind is not None:
-            self._rewind_position = position_of("rewind.to", self.rewind.to, length)
+            unit = self._window.unit
+            self._rewind_position = position_of("rewind.to", self.rewind.to, length, unit)
             if self._rewind_position > self._window.begin:
                 raise ValueError(
-                    f"rewinding to {self.rewind.to}, step {self._rewind_position}, needs pruning to begin no earlier, "
-                    f"but it begins at {self.begin}, step {self._window.begin}; raise begin or lower rewind.to"
+                    f"rewinding to {self.rewind.to}, after {self._rewind_position} {unit}, needs pruning to begin no "
+                    f"earlier, but it begins after {self._window.begin}; raise begin or lower rewind.to"
                 )
 
-    def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Update masks if the window has moved on."""
+    def _update(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Update masks if the window has moved on; whether training is to be rewound for it."""
         if self._window is None:
-            return
+            return False
         position = _training.position(trainer, pl_module, self._window.unit)
         if self.rewind is not None and self._snapshot is None and position >= self._rewind_position:
-            self._snapshot = rewinding.take(self.rewind, pl_module, trainer.optimizers, _training.schedulers(trainer))
+            schedulers = _training.schedulers(trainer)
+            self._snapshot = rewinding.take(self.rewind, pl_module, trainer.optimizers, schedulers)
         progress = self._window.progress(position)
         # A training that is longer now than when its checkpoint was written may be earlier in its window: masks stay.
         if progress is None or (self._progress is not None and progress <= self._progress):
-            return
+            return False
         self._progress = progress
-        updates = self.updates
+        removed = self.pruner.removed
         self.pruner.update(self.schedule(progress), trainer.strategy.broadcast if trainer.world_size > 1 else None)
-        if self.updates == updates:
-            return
-        if self._snapshot is not None and position > self._rewind_position:
-            rewinding.restore(self._snapshot, pl_module, trainer.optimizers, _training.schedulers(trainer))
-        for callback in _all(trainer):
-            callback._enforce(trainer)
+        return self._snapshot is not None and self.pruner.removed > removed and position > self._rewind_position
 
     def _enforce(self, trainer: Trainer) -> None:
         """Zero removed weights wherever they live: model, optimizer state, averages kept by other callbacks."""
-        copies = [value for other in _training.callbacks(trainer) for value in vars(other).values()]
-        self.pruner.enforce(trainer.optimizers, [copy for copy in copies if isinstance(copy, nn.Module)])
+        self.pruner.enforce(trainer.optimizers, _training.averages(trainer))
 
     def _warn(self, message: str) -> None:
         if message not in self._warned:
@@ -324,7 +329,7 @@ class Pruning(Callback):
             warnings.warn(message, stacklevel=3)
 
 
-def _as_plan(sparsity: float | Mapping[str, float] | SparsityPlan | str | Path) -> SparsityPlan:
+def _as_plan(sparsity: float | Mapping[str, Share] | SparsityPlan | str | Path) -> SparsityPlan:
     if isinstance(sparsity, SparsityPlan):
         return sparsity
     if isinstance(sparsity, str | Path):
@@ -347,9 +352,20 @@ def _refuse_overlap(this: Pruning, plan: SparsityPlan, trainer: Trainer, pl_modu
             )
 
 
-def _publish(trainer: Trainer) -> None:
-    """Mirror every metric as `<name>_at_target`: its value once all masks have reached their target, else NaN."""
-    at_target = all(callback.at_target for callback in _all(trainer))
-    metrics = trainer.callback_metrics
-    for name in [name for name in metrics if not name.endswith("_at_target")]:
-        metrics[f"{name}_at_target"] = metrics[name] if at_target else torch.tensor(math.nan)
+def _at_target(trainer: Trainer) -> bool:
+    return all(callback.at_target for callback in _all(trainer))
+
+
+def _advance(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Update the masks of all callbacks that are due, and only then rewind: none may score rewound weights."""
+    before = [callback.updates for callback in _all(trainer)]
+    rewound = [callback for callback in _all(trainer) if callback._update(trainer, pl_module)]
+    if before == [callback.updates for callback in _all(trainer)]:
+        return
+    for callback in rewound:
+        if callback._snapshot is not None:
+            rewinding.restore(callback._snapshot, pl_module, trainer.optimizers, _training.schedulers(trainer))
+    for callback in _all(trainer):
+        callback._enforce(trainer)
+    if _at_target(trainer):
+        _all(trainer)[0]._gate.release()

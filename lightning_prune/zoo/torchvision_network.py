@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from torch import nn
 from torchvision.models import get_model, list_models
+
+from lightning_prune.targets import closest
 
 
 def torchvision_network(
@@ -33,8 +34,7 @@ def torchvision_network(
     """
     known = list_models()
     if name.lower() not in known:
-        close = difflib.get_close_matches(name.lower(), known, n=5) or known
-        raise ValueError(f"torchvision has no network named {name!r}; did you mean {', '.join(map(repr, close))}?")
+        raise ValueError(f"torchvision has no network named {name!r}; did you mean {closest(name.lower(), known)}?")
     if num_classes is not None:
         kwargs["num_classes"] = num_classes
     network: nn.Module = get_model(name, weights=weights, **kwargs)
