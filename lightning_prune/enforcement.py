@@ -41,6 +41,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class Enforcer:
     """Applies masks to parameters, their gradients, their optimizer state and copies of them.
 
+    It keeps an integer as wide as the weight for each weight: 4 bytes beside every float32.
+
     Args:
         parameters: plain name -> the parameter to watch over.
     """

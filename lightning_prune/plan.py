@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import yaml
 from torch import nn
 
-from lightning_prune import targets
+from lightning_prune import granularities, targets
 from lightning_prune.files import write_text
 from lightning_prune.granularities import Granularity
 
@@ -227,7 +227,7 @@ class SparsityPlan(Mapping[str, float]):
                 sparsity[name] = entry.sparsity
             else:
                 granularity = {
-                    "class_path": type(entry.granularity).__name__,
+                    "class_path": _class_path(type(entry.granularity)),
                     "init_args": asdict(entry.granularity),
                 }
                 sparsity[name] = {"sparsity": entry.sparsity, "granularity": granularity}
@@ -285,11 +285,17 @@ def _granularity(value: Mapping[str, Any]) -> Granularity:
     """Build a granularity from a file: only classes that are already known, nothing is imported for it."""
     if unknown := sorted(map(str, set(value) - {"class_path", "init_args"})):
         raise ValueError(f"a granularity has the keys class_path and, optionally, init_args, got {unknown} too")
-    known = {kind.__name__: kind for kind in _subclasses(Granularity)}  # type: ignore[type-abstract]
-    name = str(value.get("class_path", "")).rpartition(".")[2]
+    known = {_class_path(kind): kind for kind in _subclasses(Granularity)}  # type: ignore[type-abstract]
+    name = str(value.get("class_path", "")).removeprefix(f"{granularities.__name__}.").removeprefix("lightning_prune.")
     if name not in known:
         raise ValueError(f"unknown granularity {name!r}; closest: {targets.closest(name, known)}")
     return known[name](**(value.get("init_args") or {}))
+
+
+def _class_path(kind: type[Granularity]) -> str:
+    """Ours by name alone, a user's own with its module."""
+    ours = kind.__module__ == granularities.__name__
+    return kind.__name__ if ours else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _subclasses(kind: type[Granularity]) -> Iterator[type[Granularity]]:

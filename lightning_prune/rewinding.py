@@ -97,6 +97,8 @@ def restore(
 ) -> None:
     """Go back to a snapshot; masks have to be applied again afterwards.
 
+    Parameter groups that joined an optimizer since (unfrozen layers) keep their settings, their weights go back.
+
     Raises:
         ValueError: if there are now other optimizers or schedulers than when it was taken.
     """

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from lightning_prune import NM, Block, Filter, SparsityPlan, Std, Unstructured, Vector
+from lightning_prune import NM, Block, Filter, SparsityPlan, Std, Unstructured, Vector, granularities
 from lightning_prune.plan import PlanEntry
 from tests.contracts.tables import GRANULARITIES
 
@@ -413,6 +414,18 @@ class TestFiles:
         monkeypatch.syspath_prepend(tmp_path)
         path = tmp_path / "plan.yaml"
         path.write_text("fc: {sparsity: 0.5, granularity: {class_path: foreign_module.Groups}}")
-        with pytest.raises(ValueError, match="unknown granularity 'Groups'"):
+        with pytest.raises(ValueError, match=r"unknown granularity 'foreign_module\.Groups'"):
             SparsityPlan.load(path)
         assert "foreign_module" not in sys.modules
+
+
+def test_a_users_own_granularity_is_told_from_ours_of_the_same_name(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+
+    @dataclass(frozen=True)
+    class Filter(granularities.Filter):
+        """Another one, defined elsewhere."""
+
+    for granularity in (Filter(), granularities.Filter()):
+        SparsityPlan({"fc": (0.5, granularity)}).save(path)
+        assert type(SparsityPlan.load(path).granularity("fc")) is type(granularity)

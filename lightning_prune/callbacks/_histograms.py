@@ -43,8 +43,8 @@ class Histogram:
 
 
 def histogram(weight: Tensor) -> Histogram | None:
-    """Counts the finite values of a weight, where it lives; None if it has none."""
-    values = weight.detach().flatten().float()
+    """Counts the finite values of a weight, on the CPU: on others not every run counts alike; None if it has none."""
+    values = weight.detach().flatten().float().cpu()
     values = values[values.isfinite()]
     if not values.numel():
         return None
