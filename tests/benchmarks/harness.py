@@ -24,6 +24,10 @@ class Timing:
     wall_s: tuple[float, ...]
     thread_s: tuple[float, ...]
 
+    def __add__(self, other: Timing) -> Timing:
+        """The rounds of both."""
+        return Timing(self.wall_s + other.wall_s, self.thread_s + other.thread_s)
+
     @property
     def best_s(self) -> float:
         return min(self.wall_s)
