@@ -31,6 +31,7 @@ Prune networks while they train, and watch it in TensorBoard.
   lightning-prune fit --config configs/digits_agp.yaml
   lightning-prune fit --config configs/mnist.yaml --config configs/agp.yaml --trainer.max_epochs 20
   lightning-prune test --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt
+  lightning-prune fit --trainer.callbacks.help Pruning      (its options; likewise for any other class)
 
 Later configuration files and options override earlier ones; `fit --print_config` shows the result.
 Runs are kept in runs/NAME/version_N, with TensorBoard files, checkpoints and config.yaml.
@@ -118,6 +119,7 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: With code 2 for options that do not parse, 1 for other errors that a message explains.
     """
     arguments = list(sys.argv[1:] if args is None else args)
+    sys.path.insert(0, str(Path.cwd()))  # class paths may name modules that lie where the command is called
     # Lightning's own use of a class that torch deprecates; nothing that a user could change.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
     try:

@@ -243,6 +243,10 @@ class SparsityPlan(Mapping[str, float]):
         """
         try:
             content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"there is no sparsity plan at {str(path)!r}; correct the path, or give a number (without quotes)"
+            ) from None
         except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
             raise ValueError(f"{path} is no YAML file, so no sparsity plan: {error}; write it anew") from None
         if not isinstance(content, dict):

@@ -163,7 +163,7 @@ class Pruner:
         self.level = level
         self.updates += 1
         for name, mask in self.masks.items():
-            if sparsity[name] < 1.0 and not mask.any():
+            if self.plan[name] < 1.0 and not mask.any():
                 warnings.warn(
                     f"all weights of {name!r} have been removed; give it an entry of its own, or use scope='local'",
                     stacklevel=2,

@@ -175,7 +175,7 @@ def to_markdown(summary: Summary) -> str:
 
 def to_rich(summary: Summary) -> RenderableType:
     """Both tables and the notes for the terminal."""
-    gains = _rich_table("What pruning gained" if summary.pruned else "The network", summary.gains())
+    gains = _rich_table("Before and after pruning" if summary.pruned else "The network", summary.gains())
     sizes = _rich_table("Weights", summary.sizes(), footer=True)
     return Group(gains, sizes, *(Text(note, style="yellow") for note in summary.notes))
 

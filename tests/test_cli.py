@@ -99,7 +99,7 @@ def test_configurations_compose(names: list[str]) -> None:
     assert len(pruned) == len(watched) == is_sparse
     if is_sparse:
         assert pruned[0].schedule == PRUNING.get(names[-1], AGP())
-        assert monitors[-1] == "val_acc_at_target"
+        assert "val_acc_at_target" in monitors
 
 
 def test_an_example_fits_every_network_and_its_data() -> None:
@@ -198,7 +198,7 @@ def test_two_runs_share_a_folder_and_each_can_be_repeated_and_tested() -> None:
     results = [command("fit", *configs("digits", "agp"), *SHORT, HALF) for _ in range(2)]
     for result in results:
         assert result.returncode == 0, result.stderr
-        assert "What pruning gained" in result.stdout
+        assert "Before and after pruning" in result.stdout
         assert "Warning" not in result.stderr
     runs = [Path("runs", "digits-agp", f"version_{number}") for number in range(2)]
     for run in runs:

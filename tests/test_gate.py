@@ -93,3 +93,30 @@ def test_a_metric_measured_below_the_target_never_counts() -> None:
     pruning = Pruning(0.7, OneShot(), begin=Steps(2 * BATCHES + 3), end=1.0)
     fit([pruning, note], check_val_every_n_epoch=2)
     assert [math.isnan(value) for value in note.seen] == [True] * (EPOCHS - 1) + [False]
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:The dirpath has changed")
+def test_a_training_resumed_at_target_goes_on_saving_and_stopping(tmp_path: Path) -> None:
+    class Save(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "now.ckpt")
+
+    fit([Pruning(0.7, end=0.5), Save()])
+    keep = best(tmp_path / "again", save_top_k=-1)
+    stop = EarlyStopping("val_acc_at_target", patience=1, mode="max", min_delta=2.0)
+    loop = trainer([Pruning(0.7, end=Steps(16)), keep, stop], max_epochs=20, enable_checkpointing=True)
+    loop.fit(Tiny(), loader(), loader(), ckpt_path=tmp_path / "now.ckpt", weights_only=True)
+    assert loop.current_epoch == EPOCHS + 2
+    assert set(sparsities(tmp_path / "again")) == {TARGET}
+
+
+def test_an_unmonitored_checkpoint_saves_all_along(tmp_path: Path) -> None:
+    class Stop(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == BATCHES + 2:
+                raise RuntimeError("power cut")
+
+    latest = ModelCheckpoint(tmp_path, filename="last")
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit([Pruning(0.7), best(tmp_path), latest, Stop()], enable_checkpointing=True)
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["last.ckpt"]

@@ -417,6 +417,9 @@ def test_a_layer_that_dies_is_reported() -> None:
             lambda: Pruning(0.5, OneShot(), rewind=WeightRewinding(to=1.5)),
             r"rewind\.to is a share.*got rewind\.to=1\.5",
         ),
+        (lambda: Pruning(0.5, AGP), r"schedule is an object such as AGP\(\), got <class"),  # type: ignore[arg-type]
+        (lambda: Pruning(0.5, Magnitude()), r"schedule is an object.*got Magnitude"),  # type: ignore[arg-type]
+        (lambda: Pruning(0.5, granularity=Filter), "granularity is an object"),  # type: ignore[arg-type]
         (lambda: Pruning(0.5, rewind=WeightRewinding()), "AGP.*changes masks at every update.*OneShot"),
     ],
 )
@@ -471,7 +474,7 @@ def test_corrupted_plan_files_are_refused(content: str, tmp_path: Path) -> None:
 
 
 def test_plan_without_a_file() -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"no sparsity plan at 'nowhere\.yaml'.*number \(without quotes\)"):
         Pruning("nowhere.yaml")
 
 

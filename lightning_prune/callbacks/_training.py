@@ -93,11 +93,11 @@ def modes(trainer: Trainer) -> dict[str, str]:
 def whereabouts(trainer: Trainer) -> list[str]:
     """What a user may want to do with what the training has written."""
     checkpoints = [callback for callback in callbacks(trainer) if isinstance(callback, ModelCheckpoint)]
+    best = [each for each in checkpoints if each.monitor and each.best_model_path and each.best_model_score is not None]
     return [
         *(
-            f"best {each.monitor}: {each.best_model_path}"
-            for each in checkpoints
-            if each.monitor and each.best_model_path
+            f"best {each.monitor} {float(each.best_model_score or 0.0):.4f}: {each.best_model_path}"
+            for each in sorted(best, key=lambda each: not str(each.monitor).endswith("_at_target"))
         ),
         *(f"watch it: tensorboard --logdir {board.save_dir}" for board in tensorboards(trainer)),
     ]

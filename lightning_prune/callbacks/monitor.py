@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from rich.console import Console
 from torch import Tensor
 
@@ -327,11 +328,17 @@ removed; before and after the target is reached; end |
         return pl_module.example_input_array if self.example_inputs is None else self.example_inputs
 
     def _build_table(self, pl_module: LightningModule, example: Any) -> None:
+        if not is_overridden("forward", pl_module):
+            warnings.warn(
+                f"SparsityMonitor counts no multiplications: {type(pl_module).__name__} has no forward; define it",
+                stacklevel=2,
+            )
+            return
         try:
             self._table = layer_table(pl_module, example)
         except ValueError as error:
             warnings.warn(
-                f"SparsityMonitor leaves out multiplications and theoretical speedup: {error}; "
+                f"SparsityMonitor leaves out multiplications and theoretical speedup: {str(error).rstrip('.')}; "
                 "give SparsityMonitor(example_inputs=...)",
                 stacklevel=2,
             )

@@ -37,7 +37,8 @@ class Pruning(Callback):
     Beside every metric `m` in `trainer.callback_metrics` there is `m_at_target`, NaN if it was measured before all
     masks had reached their targets. A `ModelCheckpoint` that monitors such a metric, as in
     `ModelCheckpoint(monitor="val_acc_at_target", mode="max")`, keeps best models at full sparsity only, and an
-    `EarlyStopping` (listed after this callback) loses no patience before.
+    `EarlyStopping` (listed after this callback) loses no patience before. Such a checkpoint's `save_last`
+    waits as well: to resume what was interrupted earlier, add a `ModelCheckpoint` without monitor.
 
     Args:
         sparsity: the target: one number for all conv and linear weights, a map of name patterns to numbers, a
@@ -77,6 +78,13 @@ class Pruning(Callback):
         regrow: bool = False,
     ) -> None:
         super().__init__()
+        for what, value, kind, example in (
+            ("schedule", schedule, Schedule, "AGP()"),
+            ("criterion", criterion, Criterion, "Magnitude()"),
+            ("granularity", granularity, Granularity, "Unstructured()"),
+        ):
+            if not isinstance(value, kind):
+                raise ValueError(f"{what} is an object such as {example}, got {value!r}; mind order and parentheses")
         for what, moment in (("begin", begin), ("end", end), ("every", every)):
             if moment is not None:
                 check_moment(what, moment)
@@ -360,12 +368,11 @@ def _advance(trainer: Trainer, pl_module: LightningModule) -> None:
     """Update the masks of all callbacks that are due, and only then rewind: none may score rewound weights."""
     before = [callback.updates for callback in _all(trainer)]
     rewound = [callback for callback in _all(trainer) if callback._update(trainer, pl_module)]
-    if before == [callback.updates for callback in _all(trainer)]:
-        return
     for callback in rewound:
         if callback._snapshot is not None:
             rewinding.restore(callback._snapshot, pl_module, trainer.optimizers, _training.schedulers(trainer))
-    for callback in _all(trainer):
-        callback._enforce(trainer)
+    if before != [callback.updates for callback in _all(trainer)]:
+        for callback in _all(trainer):
+            callback._enforce(trainer)
     if _at_target(trainer):
         _all(trainer)[0]._gate.release()
