@@ -187,6 +187,19 @@ class SparsityPlan(Mapping[str, float]):
         return SparsityPlan({name: self._entries[pattern] for name, pattern in self.match(model).items()})
 
     @classmethod
+    def of(cls, sparsity: float | Mapping[str, Share] | SparsityPlan | str | Path) -> SparsityPlan:
+        """The plan that a user means: by a number for all conv and linear weights, a map, a plan, or the path of one.
+
+        >>> SparsityPlan.of(0.9)
+        SparsityPlan({'*': 0.9})
+        """
+        if isinstance(sparsity, SparsityPlan):
+            return sparsity
+        if isinstance(sparsity, str | Path):
+            return cls.load(sparsity)
+        return cls(sparsity if isinstance(sparsity, Mapping) else {"*": sparsity})
+
+    @classmethod
     def from_threshold(cls, model: nn.Module, thresholds: Mapping[str, float | Std]) -> SparsityPlan:
         """The plan that removes, of each parameter, the share of weights below a threshold.
 

@@ -96,7 +96,7 @@ class Pruning(Callback):
                     f"{schedule} changes masks at every update, so {rewind} would undo all training in between; use "
                     "OneShot() or Iterative(steps)"
                 )
-        self.target, self.initial = _as_plan(sparsity), _as_plan(initial)
+        self.target, self.initial = SparsityPlan.of(sparsity), SparsityPlan.of(initial)
         self.schedule, self.criterion, self.granularity = schedule, criterion, granularity
         self.scope: Scope = scope  # type: ignore[assignment]  # a word is checked here, names when the model is known
         pools(self.scope if isinstance(scope, str) else "global", {})
@@ -335,14 +335,6 @@ class Pruning(Callback):
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=3)
-
-
-def _as_plan(sparsity: float | Mapping[str, Share] | SparsityPlan | str | Path) -> SparsityPlan:
-    if isinstance(sparsity, SparsityPlan):
-        return sparsity
-    if isinstance(sparsity, str | Path):
-        return SparsityPlan.load(sparsity)
-    return SparsityPlan(sparsity if isinstance(sparsity, Mapping) else {"*": sparsity})
 
 
 def _all(trainer: Trainer) -> list[Pruning]:

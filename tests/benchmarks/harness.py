@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from lightning_prune.files import write_text
+
 AGREEMENT = 0.05  # wall and thread time further apart than this: the process was pre-empted, or ran threads
 
 
@@ -99,11 +101,8 @@ def environment() -> dict[str, Any]:
 
 
 def write_json(path: str | Path, payload: Mapping[str, Any]) -> None:
-    """Writes a file beside ``path`` and renames it, so that readers never see half a result."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(payload, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Writes a result, whole or not at all."""
+    write_text(path, json.dumps(payload, indent=2) + "\n")
 
 
 def _nothing() -> None:
