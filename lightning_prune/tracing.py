@@ -74,7 +74,7 @@ def _on_fake_tensors(model: nn.Module, example_inputs: Any, device: torch.device
         fakes.append(mode.from_tensor(tensor))
         recorder.owners.add(fakes[-1], name)
     with _quiet(), mode, recorder:
-        _call(model, inputs)
+        call(model, inputs)
     return recorder.uses
 
 
@@ -82,11 +82,29 @@ def _for_real(model: nn.Module, example_inputs: Any, device: torch.device | None
     recorder = _Recorder(Owners())
     for name, tensor in _tensors_of(model):
         recorder.owners.add(tensor, name)
-    # A forward that works in place would otherwise write into the caller's example.
-    inputs = tree_map_only(Tensor, lambda tensor: _moved(tensor.detach().clone(), device), example_inputs)
-    with _buffers_kept(model), recorder:
-        _call(model, inputs)
+    _run_for_real(model, example_inputs, device, recorder)
     return recorder.uses
+
+
+def _run_for_real(model: nn.Module, inputs: Any, device: torch.device | None, mode: TorchDispatchMode) -> Any:
+    # A forward that works in place would otherwise write into the caller's example.
+    inputs = tree_map_only(Tensor, lambda tensor: _moved(tensor.detach().clone(), device), inputs)
+    with _buffers_kept(model), mode:
+        return call(model, inputs)
+
+
+def observe(model: nn.Module, example_inputs: Any, mode: TorchDispatchMode) -> Any:
+    """Run a model for real, in eval mode, while a mode watches its operations, and leave it as it was found.
+
+    Args:
+        model: any module.
+        example_inputs: as for `weight_uses`.
+        mode: sees every operation.
+    """
+    if isinstance(example_inputs, Mapping):
+        example_inputs = dict(example_inputs)
+    with _untouched(model):
+        return _run_for_real(model, example_inputs, _device(model), mode)
 
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[str | None, Tensor]]:
@@ -96,13 +114,13 @@ def _tensors_of(model: nn.Module) -> Iterator[tuple[str | None, Tensor]]:
         yield None, buffer
 
 
-def _call(model: nn.Module, inputs: Any) -> None:
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Run a model on example inputs: a tuple holds positional arguments, a dict keyword arguments."""
     if type(inputs) is tuple:  # a named tuple, such as a packed sequence, is one argument
-        model(*inputs)
-    elif isinstance(inputs, dict):
-        model(**inputs)
-    else:
-        model(inputs)
+        return model(*inputs)
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(inputs)
 
 
 def _device(model: nn.Module) -> torch.device | None:

@@ -22,9 +22,11 @@ from lightning_prune import (
     Random,
     Unstructured,
     Vector,
+    kernels,
 )
 from lightning_prune.criteria import Criterion
 from lightning_prune.granularities import Granularity
+from lightning_prune.kernels import BSR, LayerKernel
 from lightning_prune.masks import Scope
 from lightning_prune.schedules import Schedule
 
@@ -52,6 +54,8 @@ GRANULARITIES: list[Granularity] = [
     NM(2, 4),
     NM(1, 4),
 ]
+
+KERNELS: list[LayerKernel] = [*kernels.KERNELS, BSR(2), BSR(32)]
 
 # The networks of the contracts have the parameters 0.weight and 1.weight.
 SCOPES: list[Scope] = ["global", "local", "filter", {"all": ["*.weight"]}, {"first": ["0.weight"], "rest": ["1*"]}]

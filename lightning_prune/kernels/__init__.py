@@ -1,0 +1,41 @@
+"""Executable kernels, one per file: how a layer runs and what its time depends on."""
+
+from lightning_prune.kernels.block_sparse import BSR
+from lightning_prune.kernels.csr import CSR
+from lightning_prune.kernels.dense import Dense
+from lightning_prune.kernels.kernel import LAYOUTS, NCHW, NHWC, LayerKernel
+from lightning_prune.kernels.occupancy import Occupancy, expected_occupancy, measured_occupancy
+from lightning_prune.kernels.semi_structured import SemiStructured
+from lightning_prune.kernels.shrunk import Shrunk
+from lightning_prune.kernels.workload import Workload, workloads
+
+__all__ = [
+    "BSR",
+    "CSR",
+    "KERNELS",
+    "LAYOUTS",
+    "NCHW",
+    "NHWC",
+    "Dense",
+    "LayerKernel",
+    "Occupancy",
+    "SemiStructured",
+    "Shrunk",
+    "Workload",
+    "expected_occupancy",
+    "measured_occupancy",
+    "workloads",
+]
+
+KERNELS: tuple[LayerKernel, ...] = (
+    Dense(NCHW),
+    Dense(NHWC),
+    CSR(),
+    BSR(4),
+    BSR(8),
+    BSR(16),
+    Shrunk(NCHW),
+    Shrunk(NHWC),
+    SemiStructured(),
+)
+"""What calibration measures unless told otherwise; those that refuse a layer leave it to the others."""

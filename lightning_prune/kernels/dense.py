@@ -1,0 +1,127 @@
+"""Dense layers as PyTorch runs them: the time does not depend on the zeros."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from lightning_prune.kernels.kernel import LAYOUTS, NCHW, NHWC, LayerKernel, octaves, shape_coordinates
+from lightning_prune.kernels.occupancy import Occupancy
+from lightning_prune.kernels.workload import Workload
+
+
+class Dense(LayerKernel):
+    """The layer itself, in one memory layout.
+
+    Args:
+        layout: "nchw" or "nhwc"; linear layers run as part of the first.
+
+    Raises:
+        ValueError: there is no such layout.
+    """
+
+    uses_sparsity = False
+
+    def __init__(self, layout: str = NCHW) -> None:
+        if layout not in LAYOUTS:
+            raise ValueError(f"a layout is one of {LAYOUTS}, got {layout!r}")
+        self.layout = layout
+
+    @property
+    def name(self) -> str:
+        """`dense` or `dense-nhwc`."""
+        return "dense" if self.layout == NCHW else f"dense-{self.layout}"
+
+    def refuses(self, work: Workload, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Only linear layers in the second layout, which for them is the first."""
+        if self.layout == NHWC and work.kind == "linear":
+            return "a linear layer has no memory layout: kernel 'dense' runs it in every network"
+        return None
+
+    def build(self, layer: nn.Linear | nn.Conv2d, living_inputs: Tensor | None = None) -> nn.Module:
+        """A copy of the layer with its weight in the layout."""
+        built = copy.deepcopy(layer).requires_grad_(False)
+        built.zero_grad()  # a copy of a layer copies its gradients
+        if self.layout == NHWC:
+            built = built.to(memory_format=torch.channels_last)
+        return built
+
+    def features(self, work: Workload, left: Occupancy) -> dict[str, Tensor | float]:
+        """Work, also rounded up to whole vectors, and traffic."""
+        return dense_features(work, work.outputs, work.inputs)
+
+    def coordinates(self, work: Workload, left: Occupancy) -> dict[str, Tensor | float]:
+        """The shape, and how it fits vectors."""
+        return dense_coordinates(work, work.outputs, work.inputs)
+
+
+def dense_features(work: Workload, outputs: Tensor | float, inputs: Tensor | float) -> dict[str, Tensor | float]:
+    """Terms of a dense layer with this many of its outputs and inputs.
+
+    PyTorch runs small convolutions by itself, as a matrix product per image, and gives the others to oneDNN; each
+    way has terms of its own.
+    """
+    outputs, inputs = torch.as_tensor(outputs, dtype=torch.float64), torch.as_tensor(inputs, dtype=torch.float64)
+    vectors = torch.ceil(outputs / 16) * 16
+    met = work.inputs / work.groups if work.groups > 1 else inputs  # by each output
+    weights = outputs * met * work.taps
+    read = inputs * (work.input_elements / work.inputs)
+    written = outputs * float(work.positions)
+    terms = {
+        "calls": torch.ones_like(weights),
+        "macs": weights * work.positions,
+        "weights": weights,
+        "read": read,
+        "written": written,
+    }
+    if work.kind == "linear":
+        few = float(min(work.batch, 8))
+        return {
+            **terms,
+            "vector_macs": vectors * inputs * float(work.batch),
+            "few_macs": weights * few,
+            "one_row": torch.full_like(weights, float(work.batch == 1)),
+            "one_row_weights": weights * float(work.batch == 1),
+        }
+    if work.groups > 1:
+        return {**terms, "groups": outputs * (work.groups / work.outputs), "images": terms["calls"] * work.batch}
+    native = runs_natively(work, inputs).to(torch.float64)
+    patches = inputs * float(work.taps * work.positions)
+    both = {
+        **terms,
+        "vector_macs": vectors * inputs * float(work.taps * work.positions),
+        "patches": patches,
+        "images": terms["calls"] * work.batch,
+        "image_weights": weights * work.batch,
+    }
+    return {
+        **{f"native_{name}": value * native for name, value in both.items()},
+        **{f"onednn_{name}": value * (1.0 - native) for name, value in both.items()},
+    }
+
+
+def runs_natively(work: Workload, inputs: Tensor) -> Tensor:
+    """Whether PyTorch keeps a convolution of this many inputs to itself, by its rule in `aten/.../Convolution.cpp`."""
+    plain = work.stride == (1, 1) and work.dilation == (1, 1) and work.batch < 16 and work.taps == 1
+    one_thread = torch.get_num_threads() == 1
+    elements = inputs * (work.input_elements / work.inputs)
+    small = torch.tensor(work.batch == 1 and work.groups == 1 and max(work.window) <= 3) & (elements <= 20480)
+    return small | (torch.ones_like(small) if plain and one_thread else torch.zeros_like(small))
+
+
+def dense_coordinates(work: Workload, outputs: Tensor | float, inputs: Tensor | float) -> dict[str, Tensor | float]:
+    """The shape with this many outputs and inputs, how they fill vectors, and which way PyTorch goes."""
+    outputs, inputs = torch.as_tensor(outputs, dtype=torch.float64), torch.as_tensor(inputs, dtype=torch.float64)
+    native = torch.zeros_like(inputs)
+    if work.kind == "conv2d" and work.groups == 1:
+        native = runs_natively(work, inputs).to(torch.float64)
+    return {
+        **shape_coordinates(work),
+        "inputs": octaves(inputs),
+        "outputs": octaves(outputs),
+        "unfilled_outputs": (-outputs % 16) / 16,
+        "unfilled_inputs": (-inputs % 16) / 16,
+        "native": 3.0 * native,
+    }

@@ -1,0 +1,376 @@
+"""The latency of a network under any plan, for millions of plans at a time."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_prune.granularities import Filter, Granularity, Unstructured
+from lightning_prune.kernels import NCHW, LayerKernel, expected_occupancy
+from lightning_prune.latency.curves import LIVING_KNOTS, SPARSITY_KNOTS, Curves
+from lightning_prune.latency.fitted import FittedCost
+from lightning_prune.latency.profile import DeviceProfile, digest, runnable
+from lightning_prune.latency.roofline import RooflineCost
+from lightning_prune.layers import LayerTable
+
+__all__ = ["LatencyEstimator"]
+
+_AT_ONCE = 1024
+"""Candidates per step: their intermediate values stay in cache, and memory does not grow with their number."""
+
+Pattern = Granularity | Sequence[Granularity]
+
+
+class LatencyEstimator:
+    """Estimates the time of a forward pass from what each layer lacks.
+
+        latency_s = min over layouts of (fixed_s + sum over layers of min over kernels of kernel_latency_s)
+
+    `fixed_s` is the measured part of a pass that no kernel changes: activations, pooling, additions, normalisations
+    that could not be folded. One memory layout holds for a network, so that nothing is converted. Between knots of
+    sparsity (0, 0.2, 0.4, 0.5, ... 0.99, 0.995, 1) times are linear.
+
+    Zeros in a pattern help the kernels that can use it; zeros anywhere help no kernel of blocks. Where whole filters
+    are removed, the layers that they feed have fewer inputs; channels that several layers add up to are silent only
+    where all of those are, which is taken to happen independently.
+
+    Args:
+        table: of the network, at the batch size that is asked about.
+        profile: of the machine. If the network itself was calibrated, its own times and its fixed part count;
+            otherwise layers are estimated from others, and the fixed part in proportion to the outputs.
+
+    Raises:
+        ValueError: the profile can cost no kernel for a layer that it would have to.
+
+    >>> from lightning_prune import layer_table
+    >>> from lightning_prune.latency.roofline import RooflineCost
+    >>> from lightning_prune.latency.machine import Machine
+    >>> skipping = RooflineCost("skipping", macs_per_s=1e9, bandwidth_bytes_per_s=1e12, skips="unstructured")
+    >>> profile = DeviceProfile(Machine("analytic", "example", 1, "float32"), {"skipping": skipping})
+    >>> table = layer_table(torch.nn.Linear(1000, 1000), torch.ones(1, 1000))
+    >>> LatencyEstimator(table, profile).latency_s(torch.tensor([[0.0], [0.5]], dtype=torch.float64))
+    tensor([0.0010, 0.0005], dtype=torch.float64)
+    """
+
+    def __init__(self, table: LayerTable, profile: DeviceProfile) -> None:
+        self.table, self.profile = table, profile
+        self.network = profile.network(table)
+        self.kernels: tuple[str, ...] = tuple(profile.costs)
+        works = runnable(table)
+        if self.network is not None:
+            works = {name: calls for name, calls in works.items() if name in self.network.layers}
+        self._works = works
+        self.source = digest(table)
+        self._compiled: dict[tuple[Granularity, ...], _Compiled] = {}
+        for name in works:
+            if not self._costed(name, Unstructured()):
+                raise ValueError(
+                    f"the device profile has no kernel for {name} ({works[name][0]}); calibrate this network with "
+                    "`calibrate(model, example_inputs, profile=...)`"
+                )
+
+    @property
+    def fixed_is_measured(self) -> bool:
+        """Whether this very network was calibrated."""
+        return self.network is not None
+
+    def fixed_s(self, layout: str) -> float:
+        """Seconds of a pass outside the layers: measured, or else in proportion to the outputs of calibrated networks."""
+        if self.network is not None:
+            return self.network.fixed_s[layout]
+        known = [n for n in self.profile.networks.values() if n.output_elements and layout in n.fixed_s]
+        if not known:
+            return 0.0
+        outputs = sum(work.output_elements for works in self._works.values() for work in works)
+        return outputs * statistics.median(n.fixed_s[layout] / n.output_elements for n in known)
+
+    def latency_s(self, sparsity: Tensor, pattern: Pattern = Unstructured()) -> Tensor:  # noqa: B008
+        """Estimated seconds of a pass.
+
+        Args:
+            sparsity: `[..., layers]`, fractions removed, in the order of the table.
+            pattern: of the zeros, one for all layers or one per layer.
+
+        Returns:
+            `[...]`, of the type of `sparsity`.
+
+        Raises:
+            ValueError: another number of layers, or fractions outside [0, 1] or NaN, naming the layer.
+        """
+        compiled = self._compile(pattern)
+
+        def seconds(part: Tensor, living: Tensor | None) -> Tensor:
+            totals = [
+                layout.curves(part[layout.rows], None if living is None else living[layout.rows])
+                .amin(dim=1)
+                .sum(dim=0)
+                .add_(layout.fixed_s)
+                for layout in compiled.layouts
+            ]
+            return torch.stack(totals).amin(dim=0) if len(totals) > 1 else totals[0]
+
+        return self._chunked(sparsity, compiled, seconds, ())
+
+    def kernel_latency_s(self, sparsity: Tensor, pattern: Pattern = Unstructured()) -> Tensor:  # noqa: B008
+        """Estimated seconds of each layer with each kernel.
+
+        Args:
+            sparsity: `[..., layers]`.
+            pattern: as for `latency_s`.
+
+        Returns:
+            `[..., layers, kernels]` in the order of `kernels`: infinite where a kernel refuses a layer or its pattern,
+            0 for layers whose time is in the fixed part.
+
+        Raises:
+            ValueError: as for `latency_s`.
+        """
+        compiled = self._compile(pattern)
+
+        def seconds(part: Tensor, living: Tensor | None) -> Tensor:
+            result = part.new_full((part.shape[1], len(self.table), len(self.kernels)), math.inf)
+            result[:, compiled.fixed_rows] = 0.0
+            for layout in compiled.layouts:
+                times = layout.curves(part[layout.rows], None if living is None else living[layout.rows])
+                times = times + layout.unusable.to(times.dtype).unsqueeze(2)
+                index = torch.tensor(layout.kernels)
+                old = result[:, layout.rows][:, :, index]
+                result[:, layout.rows[:, None], index] = torch.minimum(old, times.permute(2, 0, 1))
+            return result
+
+        return self._chunked(sparsity, compiled, seconds, (len(self.table), len(self.kernels)))
+
+    def best_kernels(self, sparsity: Tensor, pattern: Pattern = Unstructured()) -> Tensor:  # noqa: B008
+        """Which kernels make up `latency_s`: indices into `kernels`, `[..., layers]`, -1 for layers of the fixed part."""
+        compiled = self._compile(pattern)
+
+        def best(part: Tensor, living: Tensor | None) -> Tensor:
+            totals, choices = [], []
+            for layout in compiled.layouts:
+                times = layout.curves(part[layout.rows], None if living is None else living[layout.rows])
+                least = (times + layout.unusable.to(times.dtype).unsqueeze(2)).min(dim=1)
+                totals.append(least.values.sum(dim=0) + layout.fixed_s)
+                choice = torch.full((part.shape[1], len(self.table)), -1)
+                choice[:, layout.rows] = torch.tensor(layout.kernels)[least.indices].t()
+                choices.append(choice)
+            fastest = torch.stack(totals).argmin(dim=0)
+            return torch.stack(choices)[fastest, torch.arange(part.shape[1])]
+
+        return self._chunked(sparsity, compiled, best, (len(self.table),), torch.int64)
+
+    def best_layout(self, sparsity: Tensor, pattern: Pattern = Unstructured()) -> str:  # noqa: B008
+        """The memory layout of the fastest network for one candidate, `[layers]`."""
+        kernels = self.best_kernels(sparsity, pattern)
+        layouts = {self.profile.costs[self.kernels[index]].layout for index in kernels.tolist() if index >= 0}
+        return next((layout for layout in layouts if layout not in (None, NCHW)), NCHW)
+
+    def break_even(self, pattern: Granularity = Unstructured()) -> Tensor:  # noqa: B008
+        """The sparsity from which each layer is faster than dense in the layout that suits the dense network.
+
+        Returns:
+            `[layers]`; infinite where no sparsity below 1 pays, NaN for layers of the fixed part.
+        """
+        grid = torch.linspace(0.0, 0.999, 1000, dtype=torch.float64)
+        times = self.kernel_latency_s(grid[:, None].expand(-1, len(self.table)), pattern)
+        layout = self.best_layout(torch.zeros(len(self.table), dtype=torch.float64), pattern)
+        result = torch.full((len(self.table),), math.nan, dtype=torch.float64)
+        for row, spec in enumerate(self.table):
+            if spec.name not in self._works:
+                continue
+            usable = [k for k, name in enumerate(self.kernels) if self._fits_layout(name, spec.kind, layout)]
+            least = times[:, row, usable].amin(dim=1)
+            slower = (least >= 0.98 * least[0]).nonzero().flatten()
+            last = int(slower[-1]) if len(slower) else 0
+            result[row] = grid[last + 1] if last + 1 < len(grid) else math.inf
+        return result
+
+    def macs(self, sparsity: Tensor) -> Tensor:
+        """Multiply-accumulates that remain, `[..., layers]` -> `[...]`, as `LayerTable.macs` counts them."""
+        kept = self._kept(sparsity)
+        params = kept.new_tensor([spec.params for spec in self.table])
+        return (kept.new_tensor([spec.macs for spec in self.table]) * kept / params).round().sum(dim=-1)
+
+    def nonzeros(self, sparsity: Tensor) -> Tensor:
+        """Weights that remain, `[..., layers]` -> `[...]`, as `LayerTable.nonzeros` counts them."""
+        return self._kept(sparsity).sum(dim=-1)
+
+    def weight_bytes(self, sparsity: Tensor, value_bytes: int = 4, index_bytes: int = 4) -> Tensor:
+        """Bytes of the weights, dense or with an index beside each nonzero, per layer what is less."""
+        kept = self._kept(sparsity)
+        dense = kept.new_tensor([spec.params * value_bytes for spec in self.table])
+        return torch.minimum(kept * (value_bytes + index_bytes), dense).sum(dim=-1)
+
+    def _kept(self, sparsity: Tensor) -> Tensor:
+        self._check(sparsity)
+        params = torch.tensor([spec.params for spec in self.table], dtype=torch.float64)
+        return params - (sparsity.double() * params).round()
+
+    def _check(self, sparsity: Tensor) -> None:
+        if not sparsity.is_floating_point() or sparsity.ndim < 1 or sparsity.shape[-1] != len(self.table):
+            raise ValueError(
+                f"sparsity is a floating-point tensor [..., {len(self.table)}], a fraction for each layer of the "
+                f"table, got {sparsity.dtype} of shape {tuple(sparsity.shape)}"
+            )
+        if not sparsity.numel():
+            return
+        least, most = sparsity.aminmax()
+        if not (least >= 0 and most <= 1):
+            wrong = ~((sparsity >= 0) & (sparsity <= 1))
+            place = wrong.nonzero()[0]
+            raise ValueError(
+                f"sparsity of layer {self.table[int(place[-1])].name!r} is the fraction removed, in [0, 1], got "
+                f"{float(sparsity[tuple(place)])} (candidate {tuple(place[:-1].tolist())})"
+            )
+
+    def _chunked(
+        self,
+        sparsity: Tensor,
+        compiled: _Compiled,
+        function: Callable[[Tensor, Tensor | None], Tensor],
+        trailing: tuple[int, ...],
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Apply a function of `[layers, n]` to slices of the candidates."""
+        self._check(sparsity)
+        if sparsity.dtype not in (torch.float32, torch.float64):
+            sparsity = sparsity.float()
+        flat = sparsity.reshape(-1, len(self.table))
+        result = flat.new_empty((len(flat), *trailing), dtype=dtype)
+        for start in range(0, len(flat), _AT_ONCE):
+            part = flat[start : start + _AT_ONCE].t().contiguous()
+            result[start : start + _AT_ONCE] = function(part, compiled.living(part))
+        return result.reshape((*sparsity.shape[:-1], *trailing))
+
+    def _costed(self, name: str, pattern: Granularity) -> list[int]:
+        """Kernels that have a cost for every call of a layer with zeros in a pattern."""
+        return [
+            index
+            for index, kernel in enumerate(self.kernels)
+            if self.profile.costs[kernel].serves(pattern)
+            and not any(self.profile.refuses(self.profile.costs[kernel], work) for work in self._works[name])
+        ]
+
+    def _fits_layout(self, kernel: str, kind: str, layout: str) -> bool:
+        own = self.profile.costs[kernel].layout
+        return own is None or kind == "linear" or own == layout
+
+    def _patterns(self, pattern: Pattern) -> tuple[Granularity, ...]:
+        if isinstance(pattern, Granularity):
+            return (pattern,) * len(self.table)
+        if len(pattern) != len(self.table):
+            raise ValueError(f"one pattern, or one for each of the {len(self.table)} layers, got {len(pattern)}")
+        return tuple(pattern)
+
+    def _compile(self, pattern: Pattern) -> _Compiled:
+        patterns = self._patterns(pattern)
+        if patterns not in self._compiled:
+            self._compiled[patterns] = self._curves(patterns)
+        return self._compiled[patterns]
+
+    def _curves(self, patterns: tuple[Granularity, ...]) -> _Compiled:
+        removed = {
+            spec.name
+            for spec, pattern in zip(self.table, patterns, strict=True)
+            if isinstance(pattern, Filter) and spec.name in self._works
+        }
+        inputs = {
+            name: groups
+            for name, groups in (self.network.producers.items() if self.network else ())
+            if any(removed.issuperset(layers) for _, layers in groups)
+        }
+        rows = torch.tensor([row for row, spec in enumerate(self.table) if spec.name in self._works], dtype=torch.int64)
+        layouts = []
+        for layout in self.profile.layouts:
+            usable = [
+                [k for k in self._costed(self.table[row].name, patterns[row]) if self._fits_layout(self.kernels[k], self.table[row].kind, layout)]
+                for row in rows.tolist()
+            ]
+            if not all(usable):
+                continue
+            kernels = sorted({k for ks in usable for k in ks})
+            values = torch.stack(
+                [
+                    self._values(int(row), patterns[int(row)], kernels, usable[i], coupled=bool(inputs))
+                    for i, row in enumerate(rows)
+                ]
+            ) if len(rows) else torch.zeros(0, 1, len(SPARSITY_KNOTS), 1)
+            infinite = values.isinf().all(dim=3).all(dim=2)
+            least = values.amin(dim=1, keepdim=True)
+            values = torch.where(values.isinf(), 100.0 * least, values)
+            unusable = torch.where(infinite, math.inf, 0.0)
+            layouts.append(_LayoutCurves(rows, tuple(kernels), Curves(values), unusable, self.fixed_s(layout)))
+        fixed = torch.tensor([r for r, spec in enumerate(self.table) if spec.name not in self._works], dtype=torch.int64)
+        return _Compiled(tuple(layouts), fixed, self._livings(inputs, removed) if inputs else None)
+
+    def _values(self, row: int, pattern: Granularity, kernels: Sequence[int], usable: Sequence[int], coupled: bool) -> Tensor:
+        """`[kernels, sparsity knots, living knots]`, infinite for those that are not usable."""
+        spec = self.table[row]
+        living = torch.tensor(LIVING_KNOTS if coupled else (1.0,), dtype=torch.float64)
+        sparsity = torch.tensor(SPARSITY_KNOTS, dtype=torch.float64)[:, None].expand(-1, len(living))
+        # At least one group and one input stay, as in any layer that still does something.
+        left = expected_occupancy(pattern, sparsity, spec.weight_shape, living.expand_as(sparsity))
+        rows = []
+        for index in kernels:
+            if index not in usable:
+                rows.append(torch.full(sparsity.shape, math.inf, dtype=torch.float64))
+                continue
+            cost = self.profile.costs[self.kernels[index]]
+            rows.append(
+                sum(
+                    (
+                        cost.seconds(work, left, self.source) if isinstance(cost, FittedCost) else cost.seconds(work, left)
+                        for work in self._works[spec.name]
+                    ),
+                    torch.zeros(sparsity.shape, dtype=torch.float64),
+                )
+            )
+        return torch.stack(rows)
+
+    def _livings(self, inputs: dict[str, tuple[tuple[float, tuple[str, ...]], ...]], removed: set[str]) -> Callable[[Tensor], Tensor]:
+        """Share of living inputs of every layer: `[layers, n]` sparsities -> `[layers, n]`."""
+        index = {spec.name: row for row, spec in enumerate(self.table)}
+        depthwise = {spec.name for spec in self.table if spec.groups > 1}
+
+        def living(sparsity: Tensor) -> Tensor:
+            result = torch.ones_like(sparsity)
+            speaking = torch.ones_like(sparsity)
+            for row, spec in enumerate(self.table):
+                for share, layers in inputs.get(spec.name, ()):
+                    if removed.issuperset(layers):
+                        silent = torch.stack([1.0 - speaking[index[name]] for name in layers]).prod(dim=0)
+                        result[row] -= share * silent
+                if spec.name in removed:
+                    speaking[row] = 1.0 - sparsity[row]
+                    if spec.name in depthwise:
+                        speaking[row] *= result[row]
+            return result
+
+        return living
+
+
+@dataclass(frozen=True)
+class _LayoutCurves:
+    """What one memory layout costs: of the layers `rows`, with the kernels of these indices."""
+
+    rows: Tensor
+    kernels: tuple[int, ...]
+    curves: Curves
+    unusable: Tensor
+    fixed_s: float
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """Curves per layout, rows of layers in the fixed part, and how silent filters thin out inputs."""
+
+    layouts: tuple[_LayoutCurves, ...]
+    fixed_rows: Tensor
+    livings: Callable[[Tensor], Tensor] | None
+
+    def living(self, sparsity: Tensor) -> Tensor | None:
+        return None if self.livings is None else self.livings(sparsity)

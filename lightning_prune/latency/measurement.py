@@ -1,0 +1,47 @@
+"""One measured time of one layer call by one kernel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lightning_prune.granularities import Granularity
+from lightning_prune.kernels import Occupancy, Workload, expected_occupancy
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The least time of a layer call over several rounds, in the context of a full pass.
+
+    Args:
+        kernel: name of the kernel.
+        work: the call.
+        sparsity: fraction removed, in the pattern that the kernel is made for.
+        living: share of the inputs whose weights were not all removed beside that.
+        seconds: the least over the rounds.
+        scatter: how far the median lies above the least, as a share of it.
+        source: digest of the network in whose pass it was timed, or "spread".
+    """
+
+    kernel: str
+    work: Workload
+    sparsity: float
+    living: float
+    seconds: float
+    scatter: float
+    source: str
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no clock gives."""
+        if not (self.seconds > 0 and 0 <= self.sparsity <= 1 and 0 < self.living <= 1 and self.scatter >= 0):
+            raise ValueError(f"not a measurement: {self!r}")
+
+    def left(self, granularity: Granularity) -> Occupancy:
+        """What was left of the weight, given the pattern it was pruned in."""
+        return expected_occupancy(
+            granularity,
+            torch.tensor(self.sparsity, dtype=torch.float64),
+            self.work.weight_shape,
+            torch.tensor(self.living, dtype=torch.float64),
+        )

@@ -1,0 +1,237 @@
+"""The device profile: what was measured on a machine, what was fitted to it, and for which machine it holds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_prune.files import write_text
+from lightning_prune.kernels import KERNELS, LAYOUTS, LayerKernel, Workload, workloads
+from lightning_prune.latency.fitted import FamilyFit, FittedCost, HeldOutError
+from lightning_prune.latency.machine import Machine
+from lightning_prune.latency.measurement import Measurement
+from lightning_prune.latency.roofline import RooflineCost
+from lightning_prune.layers import LayerTable
+
+__all__ = ["DeviceProfile"]
+
+SCHEMA = "lightning-prune/device-profile/1"
+
+Producers = tuple[tuple[float, tuple[str, ...]], ...]
+"""Shares of a layer's inputs, and the layers that must all be silent for such an input to be so."""
+
+
+@dataclass(frozen=True)
+class NetworkRecord:
+    """What calibration learned of one network beside its layers' times.
+
+    Args:
+        name: for people.
+        layers: weights whose layers were timed; all other work is in the fixed part.
+        fixed_s: per layout, time of a pass that is not spent in those layers.
+        dense_s: per layout, time of a whole dense pass.
+        output_elements: numbers that the timed layers give in a pass.
+        producers: per layer, where its inputs come from.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    output_elements: int
+    fixed_s: Mapping[str, float]
+    dense_s: Mapping[str, float]
+    producers: Mapping[str, Producers]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> NetworkRecord:
+        """The inverse of `as_dict`."""
+        return cls(
+            data["name"],
+            tuple(data["layers"]),
+            int(data["output_elements"]),
+            {layout: float(value) for layout, value in data["fixed_s"].items()},
+            {layout: float(value) for layout, value in data["dense_s"].items()},
+            {
+                layer: tuple((float(share), tuple(names)) for share, names in groups)
+                for layer, groups in data["producers"].items()
+            },
+        )
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """Costs of kernels on one machine, with one number of threads and one type of numbers.
+
+    Args:
+        machine: for which it holds.
+        costs: per kernel name.
+        measurements: that the fitted costs rest on.
+        networks: per digest of a layer table.
+        held_out: per kernel, errors on shapes that took no part in the fit.
+        rounds: over which each measurement is the least.
+        quiet: whether the machine was quiet enough to trust the measurements.
+    """
+
+    machine: Machine
+    costs: Mapping[str, FittedCost | RooflineCost]
+    measurements: tuple[Measurement, ...] = ()
+    networks: Mapping[str, NetworkRecord] = field(default_factory=dict)
+    held_out: Mapping[str, HeldOutError] = field(default_factory=dict)
+    rounds: int = 0
+    quiet: bool = True
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """Memory layouts that it knows costs for; an analytic machine has one."""
+        found = {cost.layout for cost in self.costs.values() if cost.layout is not None}
+        return tuple(layout for layout in LAYOUTS if layout in found) or LAYOUTS[:1]
+
+    def network(self, table: LayerTable) -> NetworkRecord | None:
+        """What is known of the network of a table, at the batch size of the table; None if it was not calibrated."""
+        return self.networks.get(digest(table))
+
+    def refuses(self, cost: FittedCost | RooflineCost, work: Workload) -> str | None:
+        """Why a kernel has no cost for a layer call here, or None if it has."""
+        if isinstance(cost, RooflineCost):
+            return cost.refuses(work)
+        reason = cost.kernel.refuses(work, self.machine.torch_dtype, torch.device(self.machine.kind))
+        return reason or (None if cost.knows(work) else f"no layer like {work} was measured with kernel {cost.name!r}")
+
+    def require(self, machine: Machine) -> None:
+        """Check that it holds for a machine.
+
+        Raises:
+            ValueError: it is for another one; the message says in what they differ.
+        """
+        if difference := self.machine.difference(machine):
+            raise ValueError(
+                f"the device profile is for another machine or setting: {difference}; calibrate on this one with "
+                "`lightning-prune calibrate` or `calibrate(model, example_inputs)`"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON, whole or not at all."""
+        write_text(path, json.dumps(self.as_dict(), indent=None, separators=(",", ":")).replace('{"work"', '\n{"work"') + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path, kernels: Sequence[LayerKernel] = KERNELS) -> DeviceProfile:
+        """Read a profile.
+
+        Args:
+            path: of the JSON file.
+            kernels: those that fitted costs may be of.
+
+        Raises:
+            ValueError: the file is no profile, of another schema version, cut short, or knows other kernels.
+            OSError: it cannot be read.
+        """
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path} is not a whole device profile: {error}; calibrate again, or copy the file again"
+            ) from None
+        try:
+            return cls.from_dict(data, kernels)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path} is a damaged device profile ({error!r}); calibrate again") from None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        times: dict[tuple[Workload, str], dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
+        for m in self.measurements:
+            numbers = [round(m.sparsity, 6), round(m.living, 6), float(f"{m.seconds:.4g}"), round(m.scatter, 3)]
+            times[m.work, m.source][m.kernel].append(numbers)
+        return {
+            "schema": SCHEMA,
+            "machine": asdict(self.machine),
+            "rounds": self.rounds,
+            "quiet": self.quiet,
+            "costs": {name: cost.as_dict() for name, cost in self.costs.items()},
+            "held_out": {name: asdict(error) for name, error in self.held_out.items()},
+            "networks": {key: network.as_dict() for key, network in self.networks.items()},
+            "measurements": [
+                {"work": work.as_dict(), "source": source, "times": dict(kernels)}
+                for (work, source), kernels in times.items()
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], kernels: Sequence[LayerKernel] = KERNELS) -> DeviceProfile:
+        """The inverse of `as_dict`.
+
+        Raises:
+            ValueError: another schema, or kernels that are not among those given.
+        """
+        schema = data.get("schema") if isinstance(data, Mapping) else None
+        if schema != SCHEMA:
+            raise ValueError(
+                f"a device profile has schema {SCHEMA!r}, this file {schema!r}; calibrate again with this version"
+            )
+        measurements = tuple(
+            Measurement(kernel, Workload.from_dict(entry["work"]), *map(float, numbers), entry["source"])  # type: ignore[misc]
+            for entry in data["measurements"]
+            for kernel, times in entry["times"].items()
+            for numbers in times
+        )
+        by_name = {kernel.name: kernel for kernel in kernels}
+        costs: dict[str, FittedCost | RooflineCost] = {}
+        for name, cost in data["costs"].items():
+            if cost["type"] == "roofline":
+                costs[name] = RooflineCost(**{key: value for key, value in cost.items() if key != "type"})
+            elif name in by_name:
+                fits = {family: FamilyFit.from_dict(fit) for family, fit in cost["families"].items()}
+                costs[name] = FittedCost(by_name[name], fits, [m for m in measurements if m.kernel == name])
+            else:
+                raise ValueError(
+                    f"it has costs of kernel {name!r}, which is none of {sorted(by_name)}; pass yours as "
+                    "DeviceProfile.load(path, kernels=(*KERNELS, yours))"
+                )
+        return cls(
+            Machine(**data["machine"]),
+            costs,
+            measurements,
+            {key: NetworkRecord.from_dict(network) for key, network in data["networks"].items()},
+            {name: HeldOutError(**error) for name, error in data["held_out"].items()},
+            int(data["rounds"]),
+            bool(data["quiet"]),
+        )
+
+    def with_machine(self, **changes: Any) -> DeviceProfile:
+        """The same for a machine that differs in some fields."""
+        return replace(self, machine=replace(self.machine, **changes))
+
+
+def digest(table: LayerTable) -> str:
+    """Names a network by its layers' names and shapes, batch size included."""
+    layers: list[Any] = []
+    for spec in table:
+        calls = [(list(call.input_shape), list(call.output_shape)) for call in spec.calls]
+        layers.append([spec.name, spec.kind, list(spec.weight_shape), list(spec.stride), calls])
+    return hashlib.sha256(json.dumps(layers).encode()).hexdigest()[:16]
+
+
+def runnable(table: LayerTable) -> dict[str, tuple[Workload, ...]]:
+    """The layers of a table that some kernel may run: linear layers and 2-D convolutions with a weight of their own."""
+    found = {}
+    for spec in table:
+        try:
+            works = workloads(spec)
+        except ValueError:
+            continue
+        if spec.name.rpartition(".")[2] == "weight":
+            found[spec.name] = works
+    return found

@@ -1,0 +1,150 @@
+"""Finds channels that are constant for every input, because the filters behind them are zero, and does without them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._pytree import tree_map_only
+
+from lightning_prune.tracing import call
+
+Layer = nn.Linear | nn.Conv2d
+
+
+class Border(nn.Module):
+    """Adds what constant input channels contribute through a padded convolution: the same map for every image.
+
+    Inside the image it is one number per output; along the border, where the padding is zero, it differs.
+
+    Args:
+        layer: computes the rest.
+        weight: `[out, constant inputs, *window]`.
+        values: `[constant inputs]`.
+        convolution: whose stride, padding and dilation it is.
+    """
+
+    weight: Tensor
+    values: Tensor
+
+    def __init__(self, layer: nn.Module, weight: Tensor, values: Tensor, convolution: nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("weight", weight)
+        self.register_buffer("values", values)
+        self.geometry = (convolution.stride, convolution.padding, convolution.dilation)
+        self.maps: dict[tuple[int, ...], Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the layer gives, and the map."""
+        y: Tensor = self.layer(x)
+        key = (*x.shape[-2:], y.is_contiguous())
+        found = self.maps.get(key)
+        if found is None or found.device != y.device:
+            images = self.values.view(1, -1, 1, 1).expand(1, -1, *x.shape[-2:])
+            found = functional.conv2d(images, self.weight, None, *self.geometry)
+            if not y.is_contiguous():
+                found = found.contiguous(memory_format=torch.channels_last)
+            self.maps[key] = found
+        return y + (found if y.ndim == 4 else found[0])
+
+
+def drop_constant_inputs(model: nn.Module, example_inputs: Any, layers: Mapping[str, Layer]) -> dict[str, Border]:
+    """Remove, in place, the weights that meet inputs which never change, and put their part into the bias.
+
+    One pass in which the model's inputs and every output of a layer that depends on them are NaN: what arrives
+    somewhere as a number is the same for every input. The outputs of the model stay what they were.
+
+    Args:
+        model: in eval mode, BatchNorm folded.
+        example_inputs: as for `layer_table`.
+        layers: by module name; each is called once in a pass.
+
+    Returns:
+        By module name, the borders that have to be added around convolutions with padding; their `layer` is the
+        convolution itself.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
+    >>> _ = model[0].weight.data[1].zero_(), model[0].bias.data[1].fill_(3.0), model[2].weight.data.fill_(2.0)
+    >>> _ = drop_constant_inputs(model.eval(), torch.ones(1, 2), {"0": model[0], "2": model[2]})
+    >>> model[2].weight.tolist()
+    [[2.0, 0.0]]
+    """
+    names = {module: name for name, module in layers.items()}
+    borders: dict[str, Border] = {}
+
+    def before(module: Any, args: tuple[Any, ...]) -> None:
+        values = _constants(args[0], 1 if isinstance(module, nn.Linear) else 3)
+        border = _absorb(module, values)
+        if border is not None:
+            borders[names[module]] = border
+
+    def after(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        dead = ~(module.weight != 0).flatten(1).any(1)
+        if names[module] in borders:
+            dead &= ~(borders[names[module]].weight != 0).flatten(1).any(1)
+        bias = torch.zeros_like(module.weight.flatten(1)[:, 0]) if module.bias is None else module.bias
+        values = torch.where(dead, bias, torch.nan)
+        shape = [1] * output.ndim
+        shape[-1 if isinstance(module, nn.Linear) else -3] = -1
+        return values.view(shape).expand(output.shape).contiguous()
+
+    unknown = tree_map_only(
+        Tensor, lambda x: torch.full_like(x, torch.nan) if x.is_floating_point() else x, example_inputs
+    )
+    handles = [module.register_forward_pre_hook(before) for module in names]
+    handles += [module.register_forward_hook(after) for module in names]
+    try:
+        with torch.no_grad():
+            call(model, unknown)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return borders
+
+
+def _constants(x: Tensor, dim: int) -> Tensor:
+    """`[channels]`: the one number of each channel, NaN where it has several or is unknown."""
+    channels = x.movedim(x.ndim - dim, 0).flatten(1)
+    return torch.where((channels == channels[:, :1]).all(1), channels[:, 0], torch.nan)
+
+
+def _absorb(module: Layer, values: Tensor) -> Border | None:
+    """Take constant inputs out of a layer's weight, into its bias or the border that is returned."""
+    constant = ~values.isnan()
+    weight = module.weight
+    grouped = isinstance(module, nn.Conv2d) and module.groups > 1
+    if grouped and not module.groups == module.in_channels == module.out_channels:
+        return None
+    met = (weight != 0).flatten(2).any(2) if weight.ndim > 2 else weight != 0
+    constant &= met[:, 0] if grouped else met.any(0)
+    if not constant.any():
+        return None
+    padded = isinstance(module, nn.Conv2d) and (module.padding == "same" or any(_numbers(module.padding)))
+    border = None
+    if padded and isinstance(module, nn.Conv2d):
+        if module.padding_mode != "zeros" or grouped:
+            constant &= values == 0
+        loud = constant & (values != 0)
+        if loud.any():
+            border = Border(module, weight[:, loud].detach().clone(), values[loud].clone(), module)
+            weight[:, loud] = 0
+            constant &= ~loud
+    taps = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
+    if grouped:
+        added = torch.where(constant, taps[:, 0] * values.nan_to_num(), 0.0)
+        weight[constant] = 0
+    else:
+        added = taps[:, constant] @ values[constant]
+        weight[:, constant] = 0
+    if (added != 0).any():
+        bias = torch.zeros_like(added) if module.bias is None else module.bias
+        module.bias = nn.Parameter(bias + added, requires_grad=False)
+    return border
+
+
+def _numbers(padding: Any) -> tuple[int, ...]:
+    return (0,) if padding == "valid" else tuple(padding)
