@@ -9,15 +9,31 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lightning_prune import criteria, granularities, layers, metrics, moments, plan, pruner, rewinding, schedules
+from lightning_prune import (
+    criteria,
+    granularities,
+    kernel_report,
+    latency,
+    layers,
+    metrics,
+    moments,
+    plan,
+    pruner,
+    rewinding,
+    runtime,
+    schedules,
+)
 from lightning_prune.criteria import *
 from lightning_prune.granularities import *
+from lightning_prune.kernel_report import *
+from lightning_prune.latency import *
 from lightning_prune.layers import *
 from lightning_prune.metrics import *
 from lightning_prune.moments import *
 from lightning_prune.plan import *
 from lightning_prune.pruner import *
 from lightning_prune.rewinding import *
+from lightning_prune.runtime import *
 from lightning_prune.schedules import *
 
 if TYPE_CHECKING:
@@ -34,12 +50,15 @@ _LAZY = {
 __all__ = ["PruneTrainer", "Pruning", "SparsityMonitor"]
 __all__ += criteria.__all__
 __all__ += granularities.__all__
+__all__ += kernel_report.__all__
+__all__ += latency.__all__
 __all__ += layers.__all__
 __all__ += metrics.__all__
 __all__ += moments.__all__
 __all__ += plan.__all__
 __all__ += pruner.__all__
 __all__ += rewinding.__all__
+__all__ += runtime.__all__
 __all__ += schedules.__all__
 
 

@@ -11,24 +11,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from lightning_prune.files import write_file
-from lightning_prune.folding import fold_batch_norm
-from lightning_prune.kernels import KERNELS, LAYOUTS, NCHW, NHWC, Dense, LayerKernel, Workload, measured_occupancy
-from lightning_prune.latency.calibration import executed, in_layout, inference_copy, inputs_in_layout, placement
-from lightning_prune.latency.context import TimedLayer
+from lightning_prune.kernel_report import KernelReport, LayerReport
+from lightning_prune.kernels import KERNELS, LAYOUTS, NCHW, NHWC, Dense, LayerKernel, measured_occupancy
+from lightning_prune.latency.context import TimedLayer, timed_passes
 from lightning_prune.latency.estimator import LatencyEstimator
 from lightning_prune.latency.fitted import FittedCost
 from lightning_prune.latency.machine import Machine
-from lightning_prune.latency.passes import put, replaced
-from lightning_prune.latency.profile import DeviceProfile, runnable
-from lightning_prune.latency.timing import interleaved, synchroniser
-from lightning_prune.layers import LayerTable, layer_table
-from lightning_prune.silence import Border, Layer, drop_constant_inputs
+from lightning_prune.latency.passes import replaced
+from lightning_prune.latency.profile import DeviceProfile
+from lightning_prune.latency.timing import keep_freed_memory, repeated, synchroniser
+from lightning_prune.layers import LayerTable
+from lightning_prune.preparation import Prepared, inference_copy, inputs_in_layout, placement, put
+from lightning_prune.silence import Border
 from lightning_prune.tracing import call
 
-__all__ = ["AcceleratedModel", "KernelReport", "accelerate"]
+__all__ = ["AcceleratedModel", "accelerate"]
 
 _SCHEMA = "lightning-prune/accelerated/1"
 
@@ -39,102 +39,54 @@ _WORTH = 0.98
 """A sparse kernel is taken if it needs at most this share of the dense time; less is within the noise."""
 
 _ROUNDS = 9
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """How one layer is run.
-
-    Args:
-        layer: name of its weight.
-        sparsity: share of its weights that are zero.
-        kernel: that runs it.
-        estimated_s: by the profile; NaN without one.
-        measured_s: in the context of a pass.
-        dense_s: of the dense layer in the same context.
-        pays_from: sparsity from which a sparse kernel beats dense, zeros anywhere; infinite if none does, NaN
-            without a profile.
-    """
-
-    layer: str
-    sparsity: float
-    kernel: str
-    estimated_s: float
-    measured_s: float
-    dense_s: float
-    pays_from: float
-
-
-@dataclass(frozen=True)
-class KernelReport:
-    """How a network is run, layer by layer, and how long it takes.
-
-    Args:
-        layers: in execution order.
-        layout: of the activations.
-        estimated_s: of a whole pass; NaN without a profile.
-        measured_s: of a whole pass.
-        dense_s: of a whole pass of the dense network, in its faster layout.
-        relative_error: greatest difference from the dense network's outputs, relative to their greatest.
-    """
-
-    layers: tuple[LayerReport, ...]
-    layout: str
-    estimated_s: float
-    measured_s: float
-    dense_s: float
-    relative_error: float
-
-    def __str__(self) -> str:
-        """A table."""
-        rows = [("layer", "sparsity", "kernel", "estimated ms", "measured ms", "dense ms", "pays from")]
-        rows += [
-            (
-                layer.layer,
-                f"{layer.sparsity:.3f}",
-                layer.kernel,
-                _ms(layer.estimated_s),
-                _ms(layer.measured_s),
-                _ms(layer.dense_s),
-                "never" if layer.pays_from == math.inf else "" if math.isnan(layer.pays_from) else f"{layer.pays_from:.2f}",
-            )
-            for layer in self.layers
-        ]
-        rows.append(("network", "", self.layout, _ms(self.estimated_s), _ms(self.measured_s), _ms(self.dense_s), ""))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join(lines)
+_SWEEPS = 3
 
 
 class AcceleratedModel(nn.Module):
     """A network for inference whose layers are run by chosen kernels; call it like the model it was made from.
 
-    Args:
-        network: with BatchNorm folded, and kernels in the places of layers.
-        layout: of the activations.
-        report: how it was chosen.
-        prepared: the state that the kernels were built from, and what `load` needs beside it.
+    `accelerate` makes it. It can be copied deeply, pickled, and used from several threads; it takes any batch size.
     """
 
-    def __init__(self, network: nn.Module, layout: str, report: KernelReport, prepared: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        layout: str,
+        report: KernelReport | None,
+        prepared: Prepared,
+        kernels: Mapping[str, LayerKernel],
+    ) -> None:
         super().__init__()
-        self.network, self.layout = network, layout
-        self._report, self._prepared = report, prepared
+        self.network, self.layout, self._report = network, layout, report
+        # What the kernels were built from is kept beside them, outside the module's own state, for `save`.
+        self._saved = {
+            "kernels": {name: kernel.name for name, kernel in kernels.items()},
+            "folded": list(prepared.folded),
+            "state": {name: tensor.detach().cpu() for name, tensor in prepared.model.state_dict().items()},
+            "borders": {name: (border.weight.cpu(), border.values.cpu()) for name, border in prepared.borders.items()},
+        }
 
+    @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the dense network gives, up to rounding."""
+        """What the dense network gives, up to rounding; without gradients, which kernels do not have."""
         if self.layout == NHWC:
             args, kwargs = inputs_in_layout((args, kwargs), self.layout)
         return self.network(*args, **kwargs)
 
     def kernel_report(self) -> KernelReport:
-        """Which kernel runs each layer, and the times."""
+        """Which kernel runs each layer, and the times.
+
+        Raises:
+            RuntimeError: the network was put together without timing it.
+        """
+        if self._report is None:
+            raise RuntimeError("this network was not timed; accelerate() makes one that is")
         return self._report
 
     def save(self, path: str | Path) -> None:
         """Write weights and the choice of kernels, whole or not at all; `load` reads them without unpickling code."""
-        report = asdict(self._report)
-        content = {"schema": _SCHEMA, "layout": self.layout, "report": report, **self._prepared}
+        report = None if self._report is None else asdict(self._report)
+        content = {"schema": _SCHEMA, "layout": self.layout, "report": report, **self._saved}
         write_file(path, lambda file: torch.save(content, file))
 
     @classmethod
@@ -158,30 +110,29 @@ class AcceleratedModel(nn.Module):
         by_name = {kernel.name: kernel for kernel in kernels}
         if unknown := set(content["kernels"].values()) - set(by_name):
             raise ValueError(f"{path} needs kernels {sorted(unknown)}; pass them as kernels=(*KERNELS, yours)")
-        prepared = inference_copy(model)
+        bare = inference_copy(model)
         try:
             for name in content["folded"]:
-                put(prepared, name, nn.Identity())
+                put(bare, name, nn.Identity())
             for name, tensor in content["state"].items():
                 owner, _, attribute = name.rpartition(".")
-                if attribute == "bias" and getattr(prepared.get_submodule(owner), "bias", tensor) is None:
-                    prepared.get_submodule(owner).bias = nn.Parameter(torch.zeros_like(tensor), requires_grad=False)
-            prepared.load_state_dict(content["state"])
+                if attribute == "bias" and getattr(bare.get_submodule(owner), "bias", tensor) is None:
+                    bare.get_submodule(owner).bias = nn.Parameter(torch.zeros_like(tensor), requires_grad=False)
+            bare.load_state_dict(content["state"])
         except (AttributeError, RuntimeError) as error:
             raise ValueError(f"{path} was saved from another model than {type(model).__name__}: {error}") from None
+        layers: dict[str, Any] = {name: bare.get_submodule(name) for name in content["kernels"]}
         borders = {
-            name: Border(layer, weight, values, layer)
+            name: Border(layers[name], weight, values, layers[name])
             for name, (weight, values) in content["borders"].items()
-            if isinstance(layer := prepared.get_submodule(name), nn.Conv2d)
         }
-        network = in_layout(prepared, content["layout"])
-        for name, kernel in content["kernels"].items():
-            layer = prepared.get_submodule(name)
-            put(network, name, _built(by_name[kernel], layer, borders.get(name)))  # type: ignore[arg-type]
-        report = dict(content["report"])
-        layers = tuple(LayerReport(**layer) for layer in report.pop("layers"))
-        kept = {key: content[key] for key in ("kernels", "folded", "state", "borders")}
-        return cls(network, content["layout"], KernelReport(layers=layers, **report), kept)
+        prepared = Prepared(bare, None, LayerTable(()), layers, {}, tuple(content["folded"]), borders)
+        chosen = {name: by_name[kernel] for name, kernel in content["kernels"].items()}
+        report = content["report"]
+        if report is not None:
+            rows = tuple(LayerReport(**row) for row in report.pop("layers"))
+            report = KernelReport(layers=rows, **report)
+        return cls(prepared.network(content["layout"], chosen), content["layout"], report, prepared, chosen)
 
 
 def accelerate(
@@ -224,45 +175,45 @@ def accelerate(
     >>> bool(torch.allclose(fast(torch.ones(3, 512)), model(torch.ones(3, 512)), atol=1e-5))
     True
     """
+    keep_freed_memory()
     original = inference_copy(model)
     device, dtype = placement(original)
     if isinstance(profile, str | Path):
         profile = DeviceProfile.load(profile, kernels)
     if profile is not None:
         profile.require(Machine.here(device, dtype))
-    inputs = tree_map_only(Tensor, lambda x: x.to(device), example_inputs)
-    prepared = inference_copy(original)
-    table = layer_table(prepared, inputs)
+    prepared = Prepared.of(original, example_inputs)
     with torch.inference_mode():
-        expected = call(original, inputs)
-    folded = fold_batch_norm(prepared, inputs)
-    works = {name.rpartition(".")[0]: calls for name, calls in executed(prepared, inputs, runnable(table)).items()}
-    layers: dict[str, Layer] = {name: prepared.get_submodule(name) for name in works}  # type: ignore[misc]
-    once = {name: layer for name, layer in layers.items() if len(works[name]) == 1}
-    borders = drop_constant_inputs(prepared, inputs, once)
-    choice = _Choice(prepared, inputs, works, layers, borders, kernels, profile, table, rounds, device, dtype)
-    best = choice.fastest(original)
-    error = _difference(expected, best.run(inputs))
+        expected = call(original, prepared.inputs)
+    choice = _Choice(prepared, kernels, profile, rounds)
+    best = choice.fastest()
+    error = _difference(expected, best.run(prepared.inputs))
     if error > tolerance:
         warnings.warn(
-            f"the sparse kernels' outputs differ from the dense model's by {error:.1e}, more than tolerance={tolerance:g}"
-            " allows: the dense network is used. A forward that depends on its data can be the reason",
+            f"the outputs with sparse kernels differ from the dense model's by {error:.1e}, more than "
+            f"tolerance={tolerance:g} allows: the model is used as it is. A forward that depends on its data or on "
+            "chance can be the reason",
             stacklevel=2,
         )
-        best = choice.dense(NCHW)
-        error = _difference(expected, best.run(inputs))
-        if error > tolerance:  # even folding changed them
-            prepared, folded, borders = original, [], {}
-            best = _Candidate(inference_copy(original), NCHW, {}, choice.dense_s)
-            error = 0.0
-    report = choice.report(best, error)
-    kept = {
-        "kernels": {name: kernel.name for name, kernel in best.kernels.items()},
-        "folded": folded,
-        "state": {name: tensor.detach().clone() for name, tensor in prepared.state_dict().items()},
-        "borders": {name: (border.weight, border.values) for name, border in borders.items()},
-    }
-    return AcceleratedModel(best.network, best.layout, report, kept)
+        prepared = Prepared(original, prepared.inputs, prepared.table, {}, {}, (), {})
+        best = _Candidate(original, NCHW, {}, choice.dense_s)
+        choice, error = _Choice(prepared, kernels, None, rounds), 0.0
+    return AcceleratedModel(best.network, best.layout, choice.report(best, error), prepared, best.kernels)
+
+
+def assembled(
+    model: nn.Module, example_inputs: Any, kernels: Mapping[str, LayerKernel], layout: str = NCHW
+) -> nn.Module:
+    """The model for inference with given kernels, untimed and unchecked.
+
+    Args:
+        model: with zeros in its weights; it is not changed.
+        example_inputs: as for `layer_table`.
+        kernels: by module name; other layers stay dense.
+        layout: of the activations.
+    """
+    prepared = Prepared.of(model, example_inputs)
+    return AcceleratedModel(prepared.network(layout, kernels), layout, None, prepared, kernels)
 
 
 @dataclass
@@ -283,27 +234,15 @@ class _Choice:
     """Finds the fastest kernels for a prepared network."""
 
     def __init__(
-        self,
-        prepared: nn.Module,
-        inputs: Any,
-        works: Mapping[str, tuple[Workload, ...]],
-        layers: Mapping[str, Layer],
-        borders: Mapping[str, Border],
-        kernels: Sequence[LayerKernel],
-        profile: DeviceProfile | None,
-        table: LayerTable,
-        rounds: int,
-        device: torch.device,
-        dtype: torch.dtype,
+        self, prepared: Prepared, kernels: Sequence[LayerKernel], profile: DeviceProfile | None, rounds: int
     ) -> None:
-        self.prepared, self.inputs, self.works, self.layers = prepared, inputs, works, layers
-        self.borders, self.kernels, self.profile, self.table = borders, kernels, profile, table
-        self.rounds, self.device, self.dtype = rounds, device, dtype
-        self.estimator = None if profile is None else LatencyEstimator(table, profile)
+        self.prepared, self.kernels, self.profile, self.rounds = prepared, kernels, profile, rounds
+        self.inputs, self.layers, self.works = prepared.inputs, prepared.layers, prepared.works
+        self.device, self.dtype = placement(prepared.model)
+        self.estimator = None if profile is None else LatencyEstimator(prepared.table, profile)
         self.dense_s = math.nan
-        self.dense_layers: dict[str, dict[str, float]] = {}
 
-    def fastest(self, original: nn.Module) -> _Candidate:
+    def fastest(self) -> _Candidate:
         """The fastest of the dense networks and the best sparse one of each layout, all executed."""
         candidates = {f"dense-{layout}": self.dense(layout) for layout in self._layouts()}
         for layout in self._layouts():
@@ -322,7 +261,9 @@ class _Choice:
             return run
 
         runs = {name: runner(candidate) for name, candidate in candidates.items()}
-        timings = interleaved(runs, max(self.rounds, 9))
+        timings = {name: repeated(run, self.rounds) for name, run in runs.items()}
+        for _ in range(_SWEEPS - 1):  # in turn, so that a slow spell of the machine meets all of them
+            timings = {name: timings[name] + repeated(run, self.rounds) for name, run in runs.items()}
         for name, timing in timings.items():
             candidates[name].seconds = timing.best_s
         self.dense_s = min(c.seconds for name, c in candidates.items() if name.startswith("dense"))
@@ -346,7 +287,7 @@ class _Choice:
             kernel = best.kernels.get(name)
             seconds = math.nan if kernel is None else self._estimate(name, kernel)
             estimated += seconds
-            row = self.table.names.index(f"{name}.weight")
+            row = self.prepared.table.names.index(f"{name}.weight")
             rows.append(
                 LayerReport(
                     f"{name}.weight",
@@ -365,10 +306,7 @@ class _Choice:
         return LAYOUTS if images else LAYOUTS[:1]
 
     def _assembled(self, layout: str, chosen: Mapping[str, LayerKernel]) -> _Candidate:
-        network = in_layout(self.prepared, layout)
-        for name, kernel in chosen.items():
-            put(network, name, _built(kernel, self.layers[name], self.borders.get(name)))
-        return _Candidate(network, layout, dict(chosen))
+        return _Candidate(self.prepared.network(layout, chosen), layout, dict(chosen))
 
     def _usable(self, name: str, layout: str) -> list[LayerKernel]:
         """Kernels that run a layer in a layout, the dense one first."""
@@ -413,30 +351,21 @@ class _Choice:
         """Least seconds of rival kernels, timed in passes in which the other layers vary too."""
         candidate = self._assembled(layout, chosen)
         timed = {
-            name: TimedLayer(
-                [_built(kernel, self.layers[name], self.borders.get(name)) for kernel in kernels], self.device
-            )
+            name: TimedLayer([self.prepared.built(name, kernel) for kernel in kernels], self.device)
             for name, kernels in contested.items()
         }
-        most = max(len(kernels) for kernels in contested.values())
         with replaced(candidate.network, timed):
-            for turn in range(most * (self.rounds + 1)):
-                for shift, layer in enumerate(timed.values()):
-                    layer.begin(turn + shift)
-                candidate.run(self.inputs)
-        return {
-            name: [sum(min(times[1:]) for times in calls) for calls in layer.seconds] for name, layer in timed.items()
-        }
+            for _ in timed_passes(list(timed.values()), lambda: candidate.run(self.inputs), self.rounds):
+                pass
+        return {name: [sum(min(times) for times in calls) for calls in layer.seconds] for name, layer in timed.items()}
 
     def _in_context(self, candidate: _Candidate) -> dict[str, float]:
         """Least seconds of each layer in passes of a network."""
         timed = {name: TimedLayer([candidate.network.get_submodule(name)], self.device) for name in self.layers}
         with replaced(candidate.network, timed):
-            for _ in range(self.rounds + 1):
-                for layer in timed.values():
-                    layer.begin(0)
-                candidate.run(self.inputs)
-        return {name: sum(min(times[1:]) for times in layer.seconds[0]) for name, layer in timed.items()}
+            for _ in timed_passes(list(timed.values()), lambda: candidate.run(self.inputs), self.rounds):
+                pass
+        return {name: sum(min(times) for times in layer.seconds[0]) for name, layer in timed.items()}
 
     def _estimate(self, name: str, kernel: LayerKernel) -> float:
         """Seconds of a layer as it is; NaN if the profile does not know the kernel."""
@@ -448,13 +377,6 @@ class _Choice:
         left = measured_occupancy(self.layers[name].weight)
         source = self.estimator.source if self.estimator is not None else None
         return sum(float(cost.seconds(work, left, source)) for work in self.works[name])
-
-
-def _built(kernel: LayerKernel, layer: Layer, border: Border | None) -> nn.Module:
-    built = kernel.build(layer)
-    if border is None or not isinstance(layer, nn.Conv2d):
-        return built
-    return Border(built, border.weight, border.values, layer)
 
 
 def _sparse(candidate: _Candidate) -> bool:
@@ -470,7 +392,3 @@ def _difference(expected: Any, given: Any) -> float:
             difference = float((one.double() - other.double()).abs().max()) / scale
             worst = max(worst, math.inf if math.isnan(difference) else difference)
     return worst
-
-
-def _ms(seconds: float) -> str:
-    return "" if math.isnan(seconds) else f"{seconds * 1e3:.4g}"

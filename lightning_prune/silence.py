@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils._pytree import tree_map_only
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_prune.tracing import call
 
@@ -56,7 +58,8 @@ def drop_constant_inputs(model: nn.Module, example_inputs: Any, layers: Mapping[
     """Remove, in place, the weights that meet inputs which never change, and put their part into the bias.
 
     One pass in which the model's inputs and every output of a layer that depends on them are NaN: what arrives
-    somewhere as a number is the same for every input. The outputs of the model stay what they were.
+    somewhere as a number is the same for every input. The outputs of the model stay what they were. Models whose
+    inputs are not all floating point, or that turn numbers into decisions (`h > 0`), are left alone: NaN is lost there.
 
     Args:
         model: in eval mode, BatchNorm folded.
@@ -73,37 +76,80 @@ def drop_constant_inputs(model: nn.Module, example_inputs: Any, layers: Mapping[
     >>> model[2].weight.tolist()
     [[2.0, 0.0]]
     """
-    names = {module: name for name, module in layers.items()}
-    borders: dict[str, Border] = {}
+    if not all(leaf.is_floating_point() for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)):
+        return {}
+    changes: dict[Layer, _Change] = {}
 
     def before(module: Any, args: tuple[Any, ...]) -> None:
-        values = _constants(args[0], 1 if isinstance(module, nn.Linear) else 3)
-        border = _absorb(module, values)
-        if border is not None:
-            borders[names[module]] = border
+        with torch._C.DisableTorchFunction():  # what is done here is no decision of the model's
+            changes[module] = _absorbed(module, _constants(args[0], 1 if isinstance(module, nn.Linear) else 3))
 
     def after(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        dead = ~(module.weight != 0).flatten(1).any(1)
-        if names[module] in borders:
-            dead &= ~(borders[names[module]].weight != 0).flatten(1).any(1)
-        bias = torch.zeros_like(module.weight.flatten(1)[:, 0]) if module.bias is None else module.bias
-        values = torch.where(dead, bias, torch.nan)
-        shape = [1] * output.ndim
-        shape[-1 if isinstance(module, nn.Linear) else -3] = -1
-        return values.view(shape).expand(output.shape).contiguous()
+        with torch._C.DisableTorchFunction():
+            values = changes[module].dead_outputs()
+            shape = [1] * output.ndim
+            shape[-1 if isinstance(module, nn.Linear) else -3] = -1
+            return values.view(shape).expand(output.shape).contiguous()
 
-    unknown = tree_map_only(
-        Tensor, lambda x: torch.full_like(x, torch.nan) if x.is_floating_point() else x, example_inputs
-    )
-    handles = [module.register_forward_pre_hook(before) for module in names]
-    handles += [module.register_forward_hook(after) for module in names]
+    unknown = tree_map_only(Tensor, lambda x: torch.full_like(x, torch.nan), example_inputs)
+    handles = [module.register_forward_pre_hook(before) for module in layers.values()]
+    handles += [module.register_forward_hook(after) for module in layers.values()]
+    watch = _Decisions()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), watch:
             call(model, unknown)
     finally:
         for handle in handles:
             handle.remove()
-    return borders
+    if watch.made:
+        return {}
+    for module, change in changes.items():
+        module.weight = nn.Parameter(change.weight, requires_grad=False)
+        if change.bias is not None:
+            module.bias = nn.Parameter(change.bias, requires_grad=False)
+    names = {module: name for name, module in layers.items()}
+    return {names[module]: change.border for module, change in changes.items() if change.border is not None}
+
+
+class _Decisions(TorchFunctionMode):
+    """Notices where NaN is lost: comparisons, and functions that put numbers in its place."""
+
+    _REPLACE = ("nan_to_num", "nan_to_num_", "nansum", "nanmean", "fmax", "fmin", "isnan", "isfinite")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.made:
+            counts = any(isinstance(leaf, Tensor) and not leaf.is_floating_point() for leaf in tree_leaves(result))
+            if counts or getattr(func, "__name__", "") in self._REPLACE:
+                with torch._C.DisableTorchFunction():
+                    self.made = any(
+                        isinstance(leaf, Tensor) and leaf.is_floating_point() and bool(leaf.isnan().any())
+                        for leaf in tree_leaves((args, kwargs))
+                    )
+        return result
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A layer without its constant inputs."""
+
+    weight: Tensor
+    bias: Tensor | None
+    border: Border | None
+
+    def dead_outputs(self) -> Tensor:
+        """`[out]`: the number that an output always is, NaN where it depends on something."""
+        dead = ~(self.weight != 0).flatten(1).any(1)
+        if self.border is not None:
+            dead &= ~(self.border.weight != 0).flatten(1).any(1)
+        bias = self.weight.new_zeros(len(dead)) if self.bias is None else self.bias
+        return torch.where(dead, bias, torch.nan)
 
 
 def _constants(x: Tensor, dim: int) -> Tensor:
@@ -112,27 +158,27 @@ def _constants(x: Tensor, dim: int) -> Tensor:
     return torch.where((channels == channels[:, :1]).all(1), channels[:, 0], torch.nan)
 
 
-def _absorb(module: Layer, values: Tensor) -> Border | None:
-    """Take constant inputs out of a layer's weight, into its bias or the border that is returned."""
-    constant = ~values.isnan()
-    weight = module.weight
+def _absorbed(module: Layer, values: Tensor) -> _Change:
+    """Constant inputs taken out of a layer's weight, into its bias or a border."""
+    weight, bias = module.weight.detach().clone(), module.bias
+    bias = None if bias is None else bias.detach()
+    unchanged = _Change(weight, bias, None)
     grouped = isinstance(module, nn.Conv2d) and module.groups > 1
-    if grouped and not module.groups == module.in_channels == module.out_channels:
-        return None
+    if isinstance(module, nn.Conv2d) and grouped and not module.groups == module.in_channels == module.out_channels:
+        return unchanged
     met = (weight != 0).flatten(2).any(2) if weight.ndim > 2 else weight != 0
-    constant &= met[:, 0] if grouped else met.any(0)
-    if not constant.any():
-        return None
-    padded = isinstance(module, nn.Conv2d) and (module.padding == "same" or any(_numbers(module.padding)))
+    constant = ~values.isnan() & (met[:, 0] if grouped else met.any(0))
     border = None
-    if padded and isinstance(module, nn.Conv2d):
+    if isinstance(module, nn.Conv2d) and (module.padding == "same" or any(_numbers(module.padding))):
         if module.padding_mode != "zeros" or grouped:
             constant &= values == 0
         loud = constant & (values != 0)
         if loud.any():
-            border = Border(module, weight[:, loud].detach().clone(), values[loud].clone(), module)
+            border = Border(module, weight[:, loud].clone(), values[loud].clone(), module)
             weight[:, loud] = 0
             constant &= ~loud
+    if not constant.any():
+        return _Change(weight, bias, border)
     taps = weight.flatten(2).sum(2) if weight.ndim > 2 else weight
     if grouped:
         added = torch.where(constant, taps[:, 0] * values.nan_to_num(), 0.0)
@@ -141,9 +187,8 @@ def _absorb(module: Layer, values: Tensor) -> Border | None:
         added = taps[:, constant] @ values[constant]
         weight[:, constant] = 0
     if (added != 0).any():
-        bias = torch.zeros_like(added) if module.bias is None else module.bias
-        module.bias = nn.Parameter(bias + added, requires_grad=False)
-    return border
+        bias = added if bias is None else bias + added
+    return _Change(weight, bias, border)
 
 
 def _numbers(padding: Any) -> tuple[int, ...]:

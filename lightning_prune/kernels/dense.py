@@ -40,7 +40,7 @@ class Dense(LayerKernel):
             return "a linear layer has no memory layout: kernel 'dense' runs it in every network"
         return None
 
-    def build(self, layer: nn.Linear | nn.Conv2d, living_inputs: Tensor | None = None) -> nn.Module:
+    def build(self, layer: nn.Linear | nn.Conv2d) -> nn.Module:
         """A copy of the layer with its weight in the layout."""
         built = copy.deepcopy(layer).requires_grad_(False)
         built.zero_grad()  # a copy of a layer copies its gradients

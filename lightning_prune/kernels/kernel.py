@@ -30,8 +30,8 @@ class LayerKernel(ABC):
     granularity: Granularity = Unstructured()
     """The pattern of zeros that it is made for; calibration prunes by it."""
 
-    points: tuple[tuple[float, float], ...] = ((0.4, 1.0), (0.7, 1.0), (0.85, 1.0), (0.95, 1.0), (0.99, 1.0))
-    """Where calibration times it: fraction removed, and share of the inputs that keep any weight."""
+    points: tuple[tuple[float, float], ...] = ((0.4, 1.0), (0.7, 1.0), (0.85, 1.0), (0.95, 1.0), (1.0, 1.0))
+    """Where calibration times it: fraction removed, and share of the inputs that keep any weight; one group stays."""
 
     uses_sparsity: bool = True
     """Whether its time depends on what is left of the weight."""
@@ -54,13 +54,8 @@ class LayerKernel(ABC):
         return None
 
     @abstractmethod
-    def build(self, layer: nn.Linear | nn.Conv2d, living_inputs: Tensor | None = None) -> nn.Module:
-        """The module that computes what `layer` computes.
-
-        Args:
-            layer: with its zeros; it is not changed.
-            living_inputs: `[in]`, False where an input is zero for certain, so that its weights need not be met.
-        """
+    def build(self, layer: nn.Linear | nn.Conv2d) -> nn.Module:
+        """The module that computes what `layer`, with its zeros, computes; `layer` is not changed."""
 
     @abstractmethod
     def features(self, work: Workload, left: Occupancy) -> dict[str, Tensor | float]:

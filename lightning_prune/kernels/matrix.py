@@ -162,11 +162,9 @@ class MatrixKernel(LayerKernel):
             return f"MKL multiplies sparse matrices of float32 and float64, not {dtype}"
         return None
 
-    def build(self, layer: nn.Linear | nn.Conv2d, living_inputs: Tensor | None = None) -> nn.Module:
-        """The layer with its weight compressed, weights of dead inputs left out."""
+    def build(self, layer: nn.Linear | nn.Conv2d) -> nn.Module:
+        """The layer with its weight compressed, without its zeros."""
         weight = layer.weight.detach()
-        if living_inputs is not None:
-            weight = weight * living_inputs.to(weight).view(1, -1, *[1] * (weight.ndim - 2))
         if isinstance(layer, nn.Linear):
             return MatrixLinear(layer, self.compress(weight))
         return MatrixConv2d(layer, self.compress(weight.permute(0, 2, 3, 1).flatten(1)))

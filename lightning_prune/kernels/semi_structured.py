@@ -34,6 +34,7 @@ class SemiStructured(LayerKernel):
     """2:4 sparse tensor-core products; twice the dense rate at best, at one sparsity alone."""
 
     granularity = NM(2, 4)
+    points = ((0.5, 1.0),)
 
     @property
     def name(self) -> str:
@@ -72,7 +73,7 @@ class SemiStructured(LayerKernel):
             )
         return None
 
-    def build(self, layer: nn.Linear | nn.Conv2d, living_inputs: Tensor | None = None) -> nn.Module:
+    def build(self, layer: nn.Linear | nn.Conv2d) -> nn.Module:
         """The layer with its weight in 2:4 form.
 
         Raises:
@@ -86,8 +87,9 @@ class SemiStructured(LayerKernel):
 
     def features(self, work: Workload, left: Occupancy) -> dict[str, Tensor | float]:
         """Half the products and half the weights."""
+        usable = torch.where(left.density <= 0.5, 1.0, torch.inf)  # the pattern has no other sparsity
         return {
-            "calls": 1.0,
+            "calls": usable,
             "macs": work.macs / 2.0,
             "weights": work.weights / 2.0,
             "read": float(work.input_elements),

@@ -50,7 +50,9 @@ class ShrunkLayer(nn.Module):
             rest[rows] = 0
         if layer.weight.ndim == 4 and self.layer.in_channels > len(columns):
             columns = torch.cat([columns, columns[:1]])  # what the spare output of a depthwise layer reads
-        self.register_buffer("columns", None if torch.equal(columns, torch.arange(inputs, device=columns.device)) else columns)
+        self.register_buffer(
+            "columns", None if torch.equal(columns, torch.arange(inputs, device=columns.device)) else columns
+        )
         self.register_buffer("places", None if whole else places)
         self.register_buffer("rest", rest)
 
@@ -90,7 +92,7 @@ class Shrunk(LayerKernel):
     """
 
     granularity = Filter()
-    points = ((0.5, 1.0), (0.0, 0.5), (0.5, 0.6), (0.75, 0.3), (0.9, 0.1))
+    points = ((0.5, 1.0), (0.0, 0.5), (0.6, 0.4), (0.85, 0.15), (1.0, 0.0))
 
     def __init__(self, layout: str = NCHW) -> None:
         if layout not in LAYOUTS:
@@ -110,12 +112,10 @@ class Shrunk(LayerKernel):
             return f"removing outputs leaves {work.groups} groups of different sizes"
         return None
 
-    def build(self, layer: nn.Linear | nn.Conv2d, living_inputs: Tensor | None = None) -> nn.Module:
+    def build(self, layer: nn.Linear | nn.Conv2d) -> nn.Module:
         """The smaller layer between a gathering and a scattering."""
         kept = (layer.weight.detach() != 0).flatten(2).any(2) if layer.weight.ndim > 2 else layer.weight.detach() != 0
         depthwise = isinstance(layer, nn.Conv2d) and layer.groups > 1
-        if living_inputs is not None:
-            kept = kept & (living_inputs[:, None] if depthwise else living_inputs[None, :]).to(kept.device)
         rows = kept.any(1).nonzero().flatten()
         columns = rows if depthwise else kept.any(0).nonzero().flatten()
         if not len(rows):  # a layer without weights: one output is computed, so that shapes follow from it

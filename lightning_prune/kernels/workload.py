@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prune.layers import LayerCall, LayerSpec
+from lightning_prune.layers import LayerCall, LayerSpec, LayerTable
 
 Pair = tuple[int, int]
 
@@ -167,6 +167,19 @@ def workloads(spec: LayerSpec) -> tuple[Workload, ...]:
         ValueError: the layer is of a kind without kernels, or is called with an empty batch; the message says which.
     """
     return tuple(_workload(spec, call) for call in spec.calls)
+
+
+def runnable(table: LayerTable) -> dict[str, tuple[Workload, ...]]:
+    """The layers of a table that some kernel may run: linear layers and 2-D convolutions with a weight of their own."""
+    found = {}
+    for spec in table:
+        try:
+            works = workloads(spec)
+        except ValueError:
+            continue
+        if spec.name.rpartition(".")[2] == "weight":
+            found[spec.name] = works
+    return found
 
 
 def _workload(spec: LayerSpec, call: LayerCall) -> Workload:

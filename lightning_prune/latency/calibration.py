@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -13,21 +12,18 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch import nn
 
-from lightning_prune.folding import fold_batch_norm
-from lightning_prune.kernels import KERNELS, LAYOUTS, NHWC, LayerKernel, Workload
-from lightning_prune.latency.context import Sequenced, TimedLayer
-from lightning_prune.latency.fitted import FittedCost, fitted_cost, held_out_errors, summary
+from lightning_prune.kernels import KERNELS, LAYOUTS, NHWC, Dense, LayerKernel, Workload
+from lightning_prune.latency.context import Sequenced
+from lightning_prune.latency.fitted import fitted_cost, held_out_errors, summary
 from lightning_prune.latency.machine import Machine
-from lightning_prune.latency.measurement import Measurement
-from lightning_prune.latency.passes import Layers, measure_kernel, replaced
+from lightning_prune.latency.passes import Layers, Passes, measure_kernel
 from lightning_prune.latency.producers import producers
-from lightning_prune.latency.profile import DeviceProfile, NetworkRecord, digest, runnable
+from lightning_prune.latency.profile import DeviceProfile, NetworkRecord, digest
 from lightning_prune.latency.spread import around
-from lightning_prune.latency.timing import interleaved, synchroniser
-from lightning_prune.layers import layer_table
+from lightning_prune.latency.timing import keep_freed_memory, repeated, synchroniser
+from lightning_prune.preparation import Prepared, in_layout, inputs_in_layout, placement
 from lightning_prune.tracing import call
 
 __all__ = ["calibrate"]
@@ -37,8 +33,8 @@ _logger = logging.getLogger(__name__)
 _IN_ONE_PASS = 30
 """Shapes beside the network's that are timed in one pass."""
 
-_ATTEMPTS = 2
-"""How often a kernel is timed again if the machine was not quiet."""
+_ATTEMPTS = 3
+"""How often a kernel is timed until the machine is quiet."""
 
 
 class NoisyMachineWarning(UserWarning):
@@ -91,47 +87,26 @@ def calibrate(
     """
     if rounds < 1 or spread < 0:
         raise ValueError(f"calibrate needs rounds >= 1 and spread >= 0, got rounds={rounds}, spread={spread}")
-    model = inference_copy(model)
-    device, dtype = placement(model)
+    keep_freed_memory()
+    prepared = Prepared.of(model, example_inputs, drop_constants=False)
+    device, dtype = placement(prepared.model)
     machine = Machine.here(device, dtype)
     path = Path(profile) if isinstance(profile, str | Path) else None
     known = _known(profile, kernels)
     if known is not None:
         known.require(machine)
-    inputs = tree_map_only(Tensor, lambda x: x.to(device), example_inputs)
-    table = layer_table(model, inputs)
-    fold_batch_norm(model, inputs)
-    works = executed(model, inputs, runnable(table))
+    works, inputs, table = prepared.works, prepared.inputs, prepared.table
     if not works:
         raise ValueError(
             f"{type(model).__name__} has no layer to calibrate: kernels run nn.Linear and nn.Conv2d, and its layers are "
             f"{sorted({spec.kind for spec in table}) or 'none'}"
         )
-    layers: dict[str, nn.Linear | nn.Conv2d] = {name: _module(model, name) for name in works}
     source = digest(table)
     shapes = around([work for calls in works.values() for work in calls], spread)
     session = _Session(machine, kernels, rounds, known, path)
-    with _bar(progress, f"Calibrating {type(model).__name__}", session.steps(source, shapes)) as bar:
-        fixed_s, dense_s = {}, {}
-        for layout in LAYOUTS:
-            if layout == NHWC and not any(work.kind == "conv2d" for calls in works.values() for work in calls):
-                fixed_s[layout], dense_s[layout] = fixed_s[LAYOUTS[0]], dense_s[LAYOUTS[0]]
-                continue
-            laid = in_layout(model, layout)
-            data = inputs_in_layout(inputs, layout)
-            named: Layers = {name.rpartition(".")[0]: (_module(laid, name), works[name]) for name in works}
-            session.measure(laid, named, lambda: call(laid, data), source, layout, bar)  # noqa: B023
-            dense_s[layout], fixed_s[layout] = _fixed(laid, named, lambda: call(laid, data), rounds, device)  # noqa: B023
-        record = NetworkRecord(
-            type(model).__name__,
-            tuple(works),
-            sum(work.output_elements for calls in works.values() for work in calls),
-            fixed_s,
-            dense_s,
-            producers(model, inputs, layers),
-        )
-        session.networks[source] = record
-        session.measure_spread(shapes, dtype, device, bar)
+    with _bar(progress, f"Calibrating {type(model).__name__}", session.steps(shapes)) as bar:
+        session.measure_network(prepared, source, bar)
+        session.measure_spread(shapes, bar)
     result = session.profile(held_out=True)
     if path is not None:
         result.save(path)
@@ -146,71 +121,136 @@ def calibrate(
 
 
 class _Session:
-    """Collects measurements, skips what is known, and saves after every step."""
+    """Collects measurements, skips what is known, and saves after every step.
+
+    Dense layers are timed first, and again beside every kernel: where the whole machine has become slower or faster
+    meanwhile, the kernel's times are scaled to the first time.
+    """
 
     def __init__(
-        self, machine: Machine, kernels: Sequence[LayerKernel], rounds: int, known: DeviceProfile | None, path: Path | None
+        self,
+        machine: Machine,
+        kernels: Sequence[LayerKernel],
+        rounds: int,
+        known: DeviceProfile | None,
+        path: Path | None,
     ) -> None:
-        self.machine, self.kernels, self.rounds, self.path = machine, tuple(kernels), rounds, path
+        self.machine, self.rounds, self.path, self.known = machine, rounds, path, known
+        self.kernels = tuple(dict.fromkeys((*(Dense(layout) for layout in LAYOUTS), *kernels)))
         self.measurements = list(known.measurements) if known else []
         self.networks = dict(known.networks) if known else {}
-        self.known = known
         self.quiet = known.quiet if known else True
 
-    def steps(self, source: str, shapes: Sequence[Workload]) -> int:
-        """How many steps a whole calibration has at most."""
-        return len(self.kernels) * (1 + len(shapes) // _IN_ONE_PASS + (len(shapes) % _IN_ONE_PASS > 0))
+    def steps(self, shapes: Sequence[Workload]) -> int:
+        """How many steps a whole calibration has."""
+        return len(self.kernels) * (1 + -(-len(shapes) // _IN_ONE_PASS))
 
-    def measure(
-        self, model: nn.Module, layers: Layers, run: Callable[[], Any], source: str, layout: str, bar: Callable[[float], None]
-    ) -> None:
-        """Time the kernels of one layout on layers of a model."""
-        dtype, device = self.machine.torch_dtype, torch.device(self.machine.kind)
-        for kernel in self.kernels:
-            if kernel.layout != layout:
-                continue
-            have = {m.work for m in self.measurements if m.kernel == kernel.name and m.source == source}
-            missing = {name: (layer, calls) for name, (layer, calls) in layers.items() if not have.issuperset(calls)}
-            if not missing:
-                bar(1.0)
-                continue
-            passes = measure_kernel(
-                kernel, model, missing, run, source=source, rounds=self.rounds, dtype=dtype, device=device, advance=bar
-            )
-            for _ in range(_ATTEMPTS):
-                if passes.quiet:
-                    break
-                passes = measure_kernel(
-                    kernel, model, missing, run, source=source, rounds=self.rounds, dtype=dtype, device=device
+    def measure_network(self, prepared: Prepared, source: str, bar: Callable[[float], None]) -> None:
+        """Time a network: whole and dense, then layer by layer with every kernel."""
+        known = source in self.networks
+        if not known:
+            self.measurements = [m for m in self.measurements if m.source != source]  # of an interrupted start
+        fixed_s: dict[str, float] = {}
+        dense_s: dict[str, float] = {}
+        images = any(work.kind == "conv2d" for works in prepared.works.values() for work in works)
+        for dense_first in (True, False):
+            for layout in LAYOUTS if images else LAYOUTS[:1]:
+                model = in_layout(prepared.model, layout)
+                layers: Layers = {name: (model.get_submodule(name), prepared.works[name]) for name in prepared.works}  # type: ignore[misc]
+
+                def run(model: nn.Module = model, layout: str = layout) -> None:
+                    call(model, inputs_in_layout(prepared.inputs, layout))  # converting them is part of a pass
+
+                kernels = [k for k in self.kernels if k.layout == layout and k.uses_sparsity != dense_first]
+                self._measure(kernels, model, layers, run, source, bar)
+                if dense_first and not known:
+                    dense_s[layout] = _whole(run, max(self.rounds, 15), torch.device(self.machine.kind))
+                    fixed_s[layout] = max(dense_s[layout] - self._dense_s(source, layout), 0.0)
+            if dense_first and not known:
+                named = {f"{name}.weight": layer for name, layer in prepared.layers.items()}
+                self.networks[source] = NetworkRecord(
+                    type(prepared.model).__name__,
+                    tuple(named),
+                    sum(work.output_elements for works in prepared.works.values() for work in works),
+                    {layout: fixed_s.get(layout, fixed_s[LAYOUTS[0]]) for layout in LAYOUTS},
+                    {layout: dense_s.get(layout, dense_s[LAYOUTS[0]]) for layout in LAYOUTS},
+                    producers(prepared.model, prepared.inputs, named),
                 )
-            self.quiet &= passes.quiet
-            if passes.measurements:
-                self.measurements += passes.measurements
                 self.save()
 
-    def measure_spread(
-        self, shapes: Sequence[Workload], dtype: torch.dtype, device: torch.device, bar: Callable[[float], None]
-    ) -> None:
-        """Time the kernels on single layers that are run one after another."""
+    def measure_spread(self, shapes: Sequence[Workload], bar: Callable[[float], None]) -> None:
+        """Time the kernels on single layers that are run one after another, alike ones together."""
         order = sorted(shapes, key=lambda w: (w.kind, w.macs + 20 * (w.weights + w.input_elements + w.output_elements)))
         generator = torch.Generator().manual_seed(0)
+        device, dtype = torch.device(self.machine.kind), self.machine.torch_dtype
         for start in range(0, len(order), _IN_ONE_PASS):
             for layout in LAYOUTS:
                 part = [w for w in order[start : start + _IN_ONE_PASS] if layout != NHWC or w.kind == "conv2d"]
-                layers = [in_layout(w.layer().to(device, dtype).eval().requires_grad_(False), layout) for w in part]
-                inputs = [
-                    inputs_in_layout(torch.randn(w.input_shape(), generator=generator).to(device, dtype), layout)
-                    for w in part
-                ]
-                sequence = Sequenced(layers, inputs)
-                named: Layers = {f"layers.{i}": (layer, (w,)) for i, (layer, w) in enumerate(zip(layers, part, strict=True))}  # type: ignore[misc]
-                self.measure(sequence, named, sequence, "spread", layout, bar)
+                modules = [w.layer().to(device, dtype).eval().requires_grad_(False) for w in part]
+                inputs = [torch.randn(w.input_shape(), generator=generator).to(device, dtype) for w in part]
+                sequence = in_layout(Sequenced(modules, inputs_in_layout(inputs, layout)), layout)
+                layers: Layers = {f"layers.{i}": (sequence.layers[i], (w,)) for i, w in enumerate(part)}  # type: ignore[index,misc]
+                kernels = sorted((k for k in self.kernels if k.layout == layout), key=lambda k: k.uses_sparsity)
+                self._measure(kernels, sequence, layers, sequence, "spread", bar)
+
+    def _measure(
+        self,
+        kernels: Sequence[LayerKernel],
+        model: nn.Module,
+        layers: Layers,
+        run: Callable[[], Any],
+        source: str,
+        bar: Callable[[float], None],
+    ) -> None:
+        """Time kernels on those layers of a model that they were not timed on before."""
+        for kernel in kernels:
+            have = {m.work for m in self.measurements if m.kernel == kernel.name and m.source == source}
+            missing = {name: (layer, works) for name, (layer, works) in layers.items() if not have.issuperset(works)}
+            if not missing:
+                bar(1.0)
+                continue
+            for attempt in range(_ATTEMPTS):
+                passes = measure_kernel(
+                    kernel,
+                    model,
+                    missing,
+                    run,
+                    source=source,
+                    rounds=self.rounds,
+                    machine=self.machine,
+                    advance=bar if attempt == 0 else lambda share: None,
+                )
+                if passes.quiet:
+                    break
+            self.quiet &= passes.quiet
+            if passes.measurements:
+                self.measurements += self._at_first_speed(passes, kernel, source)
+                self.save()
+
+    def _at_first_speed(self, passes: Passes, kernel: LayerKernel, source: str) -> list[Measurement]:
+        if not kernel.uses_sparsity:
+            return list(passes.measurements)
+        first: dict[Workload, list[float]] = {}
+        for m in self.measurements:
+            if m.source == source and m.kernel in (Dense(kernel.layout).name, Dense(LAYOUTS[0]).name):
+                if m.kernel == Dense(kernel.layout).name or m.work.kind == "linear":
+                    first.setdefault(m.work, []).append(m.seconds)
+        both = [work for work in passes.dense_s if work in first]
+        speed = sum(sum(first[work]) for work in both) / sum(passes.dense_s[work] for work in both) if both else 1.0
+        return [replace(m, seconds=m.seconds * speed) for m in passes.measurements]
+
+    def _dense_s(self, source: str, layout: str) -> float:
+        """Seconds of a network's layers when dense; linear layers have one time in all layouts."""
+        return sum(
+            m.seconds
+            for m in self.measurements
+            if m.source == source
+            and (m.kernel == Dense(layout).name or (m.kernel == Dense(LAYOUTS[0]).name and m.work.kind == "linear"))
+        )
 
     def profile(self, held_out: bool) -> DeviceProfile:
         """What is known by now."""
-        by_kernel = {
-            kernel: [m for m in self.measurements if m.kernel == kernel.name] for kernel in self.kernels
-        }
+        by_kernel = {kernel: [m for m in self.measurements if m.kernel == kernel.name] for kernel in self.kernels}
         costs = {kernel.name: fitted_cost(kernel, found) for kernel, found in by_kernel.items() if found}
         others = {} if self.known is None else {n: c for n, c in self.known.costs.items() if n not in costs}
         errors = {
@@ -247,10 +287,8 @@ def _known(profile: DeviceProfile | str | Path | None, kernels: Sequence[LayerKe
     return profile
 
 
-def _fixed(
-    model: nn.Module, layers: Layers, run: Callable[[], Any], rounds: int, device: torch.device
-) -> tuple[float, float]:
-    """Seconds of a whole dense pass, and of the part of it that is not spent in the layers."""
+def _whole(run: Callable[[], object], rounds: int, device: torch.device) -> float:
+    """Seconds of a whole dense pass."""
     synchronise = synchroniser(device)
 
     def whole() -> None:
@@ -258,80 +296,7 @@ def _fixed(
         synchronise()
 
     with torch.inference_mode():
-        dense_s = interleaved({"dense": whole}, max(rounds, 15))["dense"].best_s
-        timed = {name: TimedLayer([layer], device) for name, (layer, _) in layers.items()}
-        with replaced(model, timed):
-            for _ in range(max(rounds, 15) + 1):
-                for layer in timed.values():
-                    layer.begin(0)
-                whole()
-    inside = sum(min(times[1:]) for layer in timed.values() for times in layer.seconds[0])
-    return dense_s, max(dense_s - inside, 0.0)
-
-
-def inference_copy(model: nn.Module) -> nn.Module:
-    """A copy in eval mode without gradients, that leaves a Trainer it is attached to behind."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        trainer = module.__dict__.get("_trainer")
-        if trainer is not None:
-            memo[id(trainer)] = None
-    return copy.deepcopy(model, memo).eval().requires_grad_(False)
-
-
-def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where the weights of a model are, and of what type.
-
-    Raises:
-        ValueError: it has none, or they are in several places or of several types.
-    """
-    found = {(p.device, p.dtype) for p in model.parameters() if p.is_floating_point()}
-    if len(found) != 1:
-        places = sorted(f"{dtype} on {device}" for device, dtype in found)
-        raise ValueError(f"latency is measured for weights of one type on one device, {type(model).__name__} has {places}")
-    return found.pop()
-
-
-def in_layout(model: nn.Module, layout: str) -> nn.Module:
-    """A copy with the weights of convolutions in a layout."""
-    copied = copy.deepcopy(model)
-    return copied.to(memory_format=torch.channels_last) if layout == NHWC else copied
-
-
-def inputs_in_layout(inputs: Any, layout: str) -> Any:
-    """Inputs with images in a layout."""
-    form = torch.channels_last if layout == NHWC else torch.contiguous_format
-    return tree_map_only(Tensor, lambda x: x.contiguous(memory_format=form) if x.ndim == 4 else x, inputs)
-
-
-def executed(
-    model: nn.Module, inputs: Any, works: dict[str, tuple[Workload, ...]]
-) -> dict[str, tuple[Workload, ...]]:
-    """Of the runnable layers, those that are modules of torch's own classes and are called as such."""
-    candidates = {}
-    for name in works:
-        module = model.get_submodule(name.rpartition(".")[0])
-        if type(module) in (nn.Linear, nn.Conv2d):
-            candidates[name] = module
-    counts = dict.fromkeys(candidates, 0)
-    handles = []
-    for name, module in candidates.items():
-
-        def count(_: nn.Module, args: Any, name: str = name) -> None:
-            counts[name] += 1
-
-        handles.append(module.register_forward_pre_hook(count))
-    try:
-        with torch.inference_mode():
-            call(model, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: works[name] for name in candidates if counts[name] == len(works[name])}
-
-
-def _module(model: nn.Module, weight: str) -> nn.Linear | nn.Conv2d:
-    return model.get_submodule(weight.rpartition(".")[0])  # type: ignore[return-value]
+        return repeated(whole, rounds).best_s
 
 
 @contextlib.contextmanager
@@ -340,5 +305,3 @@ def _bar(show: bool, description: str, total: int) -> Iterator[Callable[[float],
     with Progress(*columns, disable=not show) as progress:
         task = progress.add_task(description, total=total)
         yield lambda share: progress.update(task, advance=share)
-
-

@@ -6,13 +6,16 @@ Timed alone, layers add up to 7 to 25 % less than the network that they make up.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.latency.timing import synchroniser
+from lightning_prune.latency.timing import Timing, synchroniser
+
+_UNTIMED, _IN_A_ROW = 2, 3
+"""Passes with the same variants: to warm caches, and to be timed."""
 
 
 class TimedLayer(nn.Module):
@@ -28,16 +31,13 @@ class TimedLayer(nn.Module):
         self.variants = nn.ModuleList(variants)
         self.active = 0
         self.synchronise = synchroniser(device)
+        self.noted = True
         self.call = 0
         self.seconds: list[list[list[float]]] = [[] for _ in variants]
 
-    def begin(self, active: int) -> None:
-        """A new pass, with this variant."""
-        self.active, self.call = active % len(self.variants), 0
-
-    def forget(self) -> None:
-        """Drop what was noted."""
-        self.seconds = [[] for _ in self.variants]
+    def begin(self, active: int, *, noted: bool = True) -> None:
+        """A new pass, with this variant; its times are noted or, if it only warms caches, not."""
+        self.active, self.noted, self.call = active % len(self.variants), noted, 0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the active variant gives."""
@@ -47,12 +47,39 @@ class TimedLayer(nn.Module):
         result = variant(*args, **kwargs)
         self.synchronise()
         seconds = time.perf_counter() - start
-        calls = self.seconds[self.active]
-        if self.call == len(calls):
-            calls.append([])
-        calls[self.call].append(seconds)
-        self.call += 1
+        if self.noted:
+            calls = self.seconds[self.active]
+            if self.call == len(calls):
+                calls.append([])
+            calls[self.call].append(seconds)
+            self.call += 1
         return result
+
+
+def timed_passes(layers: Sequence[TimedLayer], run: Callable[[], object], rounds: int) -> Iterator[Timing]:
+    """Run passes until every variant of every layer was timed `rounds` times.
+
+    All layers run the variant of one number, so that the sparse ones run in a sparse network, whose weights may all
+    lie in cache. Then the network runs a few times, the first of which do not count: one that is used finds its
+    weights in whatever cache holds them.
+
+    Yields:
+        The time of each whole pass that counts.
+    """
+    for turn in range(passes_of(layers, rounds) // _IN_A_ROW):
+        for number in range(_UNTIMED + _IN_A_ROW):
+            for layer in layers:
+                layer.begin(turn, noted=number >= _UNTIMED)
+            wall, thread = time.perf_counter(), time.thread_time()
+            run()
+            thread, wall = time.thread_time() - thread, time.perf_counter() - wall
+            if number >= _UNTIMED:
+                yield Timing((wall,), (thread,))
+
+
+def passes_of(layers: Sequence[TimedLayer], rounds: int) -> int:
+    """How many passes count when every variant is timed at least `rounds` times."""
+    return max(len(layer.variants) for layer in layers) * -(-rounds // _IN_A_ROW) * _IN_A_ROW
 
 
 class Sequenced(nn.Module):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from lightning_prune.granularities import Filter, Granularity, Unstructured
-from lightning_prune.kernels import NCHW, LayerKernel, expected_occupancy
+from lightning_prune.kernels import NCHW, expected_occupancy
+from lightning_prune.kernels.workload import runnable
 from lightning_prune.latency.curves import LIVING_KNOTS, SPARSITY_KNOTS, Curves
 from lightning_prune.latency.fitted import FittedCost
-from lightning_prune.latency.profile import DeviceProfile, digest, runnable
-from lightning_prune.latency.roofline import RooflineCost
+from lightning_prune.latency.profile import DeviceProfile, digest
 from lightning_prune.layers import LayerTable
 
 __all__ = ["LatencyEstimator"]
@@ -287,27 +287,39 @@ class LatencyEstimator:
         layouts = []
         for layout in self.profile.layouts:
             usable = [
-                [k for k in self._costed(self.table[row].name, patterns[row]) if self._fits_layout(self.kernels[k], self.table[row].kind, layout)]
+                [
+                    k
+                    for k in self._costed(self.table[row].name, patterns[row])
+                    if self._fits_layout(self.kernels[k], self.table[row].kind, layout)
+                ]
                 for row in rows.tolist()
             ]
             if not all(usable):
                 continue
             kernels = sorted({k for ks in usable for k in ks})
-            values = torch.stack(
-                [
-                    self._values(int(row), patterns[int(row)], kernels, usable[i], coupled=bool(inputs))
-                    for i, row in enumerate(rows)
-                ]
-            ) if len(rows) else torch.zeros(0, 1, len(SPARSITY_KNOTS), 1)
+            values = (
+                torch.stack(
+                    [
+                        self._values(int(row), patterns[int(row)], kernels, usable[i], coupled=bool(inputs))
+                        for i, row in enumerate(rows)
+                    ]
+                )
+                if len(rows)
+                else torch.zeros(0, 1, len(SPARSITY_KNOTS), 1)
+            )
             infinite = values.isinf().all(dim=3).all(dim=2)
             least = values.amin(dim=1, keepdim=True)
             values = torch.where(values.isinf(), 100.0 * least, values)
             unusable = torch.where(infinite, math.inf, 0.0)
             layouts.append(_LayoutCurves(rows, tuple(kernels), Curves(values), unusable, self.fixed_s(layout)))
-        fixed = torch.tensor([r for r, spec in enumerate(self.table) if spec.name not in self._works], dtype=torch.int64)
+        fixed = torch.tensor(
+            [r for r, spec in enumerate(self.table) if spec.name not in self._works], dtype=torch.int64
+        )
         return _Compiled(tuple(layouts), fixed, self._livings(inputs, removed) if inputs else None)
 
-    def _values(self, row: int, pattern: Granularity, kernels: Sequence[int], usable: Sequence[int], coupled: bool) -> Tensor:
+    def _values(
+        self, row: int, pattern: Granularity, kernels: Sequence[int], usable: Sequence[int], coupled: bool
+    ) -> Tensor:
         """`[kernels, sparsity knots, living knots]`, infinite for those that are not usable."""
         spec = self.table[row]
         living = torch.tensor(LIVING_KNOTS if coupled else (1.0,), dtype=torch.float64)
@@ -323,15 +335,29 @@ class LatencyEstimator:
             rows.append(
                 sum(
                     (
-                        cost.seconds(work, left, self.source) if isinstance(cost, FittedCost) else cost.seconds(work, left)
+                        cost.seconds(work, left, self.source)
+                        if isinstance(cost, FittedCost)
+                        else cost.seconds(work, left)
                         for work in self._works[spec.name]
                     ),
                     torch.zeros(sparsity.shape, dtype=torch.float64),
                 )
             )
-        return torch.stack(rows)
+        times = torch.stack(rows)
+        # Without zeros no kernel beats the one that looks for none, whatever its fit may say.
+        plain = [k for k, index in enumerate(kernels) if index in usable and not self._uses_sparsity(index)]
+        if plain:
+            floor = times[plain, 0, -1].amin()
+            times[:, 0, -1] = times[:, 0, -1].clamp_min(floor)
+        return times
 
-    def _livings(self, inputs: dict[str, tuple[tuple[float, tuple[str, ...]], ...]], removed: set[str]) -> Callable[[Tensor], Tensor]:
+    def _uses_sparsity(self, index: int) -> bool:
+        cost = self.profile.costs[self.kernels[index]]
+        return cost.kernel.uses_sparsity if isinstance(cost, FittedCost) else cost.skips != "nothing"
+
+    def _livings(
+        self, inputs: dict[str, tuple[tuple[float, tuple[str, ...]], ...]], removed: set[str]
+    ) -> Callable[[Tensor], Tensor]:
         """Share of living inputs of every layer: `[layers, n]` sparsities -> `[layers, n]`."""
         index = {spec.name: row for row, spec in enumerate(self.table)}
         depthwise = {spec.name for spec in self.table if spec.groups > 1}

@@ -68,9 +68,7 @@ class FittedCost:
         measurements: of this kernel.
     """
 
-    def __init__(
-        self, kernel: LayerKernel, fits: Mapping[str, FamilyFit], measurements: Iterable[Measurement]
-    ) -> None:
+    def __init__(self, kernel: LayerKernel, fits: Mapping[str, FamilyFit], measurements: Iterable[Measurement]) -> None:
         self.kernel, self.fits = kernel, dict(fits)
         self.by_family: dict[str, list[Measurement]] = defaultdict(list)
         self.by_work: dict[Workload, list[Measurement]] = defaultdict(list)

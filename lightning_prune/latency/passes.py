@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +11,12 @@ import torch
 from torch import nn
 
 from lightning_prune.kernels import LayerKernel, Workload
-from lightning_prune.latency.context import TimedLayer
+from lightning_prune.latency.context import TimedLayer, passes_of, timed_passes
+from lightning_prune.latency.machine import Machine
 from lightning_prune.latency.measurement import Measurement
 from lightning_prune.latency.timing import AGREEMENT
 from lightning_prune.latency.variants import Point, points, pruned
+from lightning_prune.preparation import put
 
 Layers = Mapping[str, tuple[nn.Linear | nn.Conv2d, tuple[Workload, ...]]]
 """Module name -> the layer and the calls that one pass makes of it."""
@@ -27,10 +28,12 @@ class Passes:
 
     Args:
         measurements: per layer call and variant.
+        dense_s: per layer call, the least time of the dense layer in the same passes.
         quiet: whether the process had its core to itself.
     """
 
     measurements: tuple[Measurement, ...]
+    dense_s: Mapping[Workload, float]
     quiet: bool
 
 
@@ -42,62 +45,57 @@ def measure_kernel(
     *,
     source: str,
     rounds: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    machine: Machine,
     advance: Callable[[float], None] = lambda share: None,
 ) -> Passes:
-    """Time a kernel on every layer of a model that it can run.
-
-    Each pass draws a variant for each layer, so that over `rounds` rounds every variant of every layer has run
-    equally often, between neighbours that vary.
+    """Time a kernel, and the dense layers beside it, on every layer of a model that it can run.
 
     Args:
         kernel: to be timed.
         model: holds the layers; they are replaced while this runs and put back.
-        layers: those to be timed.
+        layers: those to be timed, dense, in the layout of the kernel.
         run: makes one pass of the model.
         source: as for `Measurement`.
         rounds: how often each variant runs.
-        dtype: of the weights.
-        device: of the weights.
+        machine: that this is.
         advance: told after each pass what share of the passes it was.
     """
+    device = torch.device(machine.kind)
     generator = torch.Generator().manual_seed(0)
-    timed: dict[str, tuple[TimedLayer, tuple[Workload, ...], tuple[Point, ...]]] = {}
+    timed: dict[str, TimedLayer] = {}
+    places: dict[str, tuple[Point, ...]] = {}
     for name, (layer, works) in layers.items():
-        if any(kernel.refuses(work, dtype, device) for work in works):
+        if any(kernel.refuses(work, machine.torch_dtype, device) for work in works):
             continue
-        places = points(kernel, works[0])
-        variants = [kernel.build(pruned(layer, kernel.granularity, place, generator)) for place in places]
-        timed[name] = (TimedLayer(variants, device), works, places)
+        places[name] = points(kernel, works[0]) if kernel.uses_sparsity else ()
+        variants = [kernel.build(pruned(layer, kernel.granularity, place, generator)) for place in places[name]]
+        timed[name] = TimedLayer([layer, *variants], device)
     if not timed:
         advance(1.0)
-        return Passes((), True)
-    count = max(len(places) for _, _, places in timed.values())
+        return Passes((), {}, True)
     wall, thread = 0.0, 0.0
-    with torch.inference_mode(), replaced(model, {name: layer for name, (layer, _, _) in timed.items()}):
-        run()
-        for layer, _, _ in timed.values():
-            layer.forget()
-        for turn in range(count * rounds):
-            for shift, (layer, _, _) in enumerate(timed.values()):
-                layer.begin(turn + shift)
-            wall_start, thread_start = time.perf_counter(), time.thread_time()
-            run()
-            wall += time.perf_counter() - wall_start
-            thread += time.thread_time() - thread_start
-            advance(1.0 / (count * rounds))
-    single = device.type == "cpu" and torch.get_num_threads() == 1
-    measurements = tuple(
-        Measurement(kernel.name, work, *place, min(times), statistics.median(times) / min(times) - 1.0, source)
-        for layer, works, places in timed.values()
-        for place, calls in zip(places, layer.seconds, strict=True)
-        for work, times in zip(works, calls, strict=True)
-    )
-    return Passes(measurements, not single or wall - thread <= AGREEMENT * wall)
+    with torch.inference_mode(), replaced(model, timed):
+        total = passes_of(list(timed.values()), rounds)
+        for pass_ in timed_passes(list(timed.values()), run, rounds):
+            wall, thread = wall + pass_.wall_s[0], thread + pass_.thread_s[0]
+            advance(1.0 / total)
+    measurements: list[Measurement] = []
+    dense_s: dict[Workload, float] = {}
+    for name, layer in timed.items():
+        works = layers[name][1]
+        variants_s = list(layer.seconds)
+        for work, times in zip(works, variants_s[0], strict=True):
+            dense_s[work] = dense_s.get(work, 0.0) + min(times)
+        where = places[name] if kernel.uses_sparsity else ((0.0, 1.0),)
+        for place, calls in zip(where, variants_s[1:] or variants_s, strict=True):
+            for work, times in zip(works, calls, strict=True):
+                scatter = statistics.median(times) / min(times) - 1.0
+                measurements.append(Measurement(kernel.name, work, *place, min(times), scatter, source))
+    single = machine.kind == "cpu" and machine.threads == 1
+    return Passes(tuple(measurements), dense_s, not single or wall - thread <= AGREEMENT * wall)
 
 
-class replaced:  # noqa: N801
+class replaced:
     """A context in which modules stand in the places of a model's layers.
 
     Args:
@@ -119,14 +117,3 @@ class replaced:  # noqa: N801
         """Put back."""
         for name, module in self.before.items():
             put(self.model, name, module)
-
-
-def put(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Set a submodule by its dotted name."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
-
-
-def unique(works: Sequence[Workload]) -> Iterator[Workload]:
-    """Each once, in order."""
-    yield from dict.fromkeys(works)

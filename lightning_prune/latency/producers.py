@@ -14,7 +14,9 @@ from lightning_prune.latency.profile import Producers
 from lightning_prune.tracing import call
 
 
-def producers(model: nn.Module, example_inputs: Any, layers: Mapping[str, nn.Linear | nn.Conv2d]) -> dict[str, Producers]:
+def producers(
+    model: nn.Module, example_inputs: Any, layers: Mapping[str, nn.Linear | nn.Conv2d]
+) -> dict[str, Producers]:
     """Where each layer's inputs come from, through activations, pooling, additions and concatenations.
 
     One pass per layer, in which that layer gives NaN and all others zeros: whatever NaN arrives at comes from there.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lightning_prune.files import write_text
-from lightning_prune.kernels import KERNELS, LAYOUTS, LayerKernel, Workload, workloads
+from lightning_prune.kernels import KERNELS, LAYOUTS, LayerKernel, Workload
 from lightning_prune.latency.fitted import FamilyFit, FittedCost, HeldOutError
 from lightning_prune.latency.machine import Machine
 from lightning_prune.latency.measurement import Measurement
@@ -121,7 +121,9 @@ class DeviceProfile:
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON, whole or not at all."""
-        write_text(path, json.dumps(self.as_dict(), indent=None, separators=(",", ":")).replace('{"work"', '\n{"work"') + "\n")
+        write_text(
+            path, json.dumps(self.as_dict(), indent=None, separators=(",", ":")).replace('{"work"', '\n{"work"') + "\n"
+        )
 
     @classmethod
     def load(cls, path: str | Path, kernels: Sequence[LayerKernel] = KERNELS) -> DeviceProfile:
@@ -222,16 +224,3 @@ def digest(table: LayerTable) -> str:
         calls = [(list(call.input_shape), list(call.output_shape)) for call in spec.calls]
         layers.append([spec.name, spec.kind, list(spec.weight_shape), list(spec.stride), calls])
     return hashlib.sha256(json.dumps(layers).encode()).hexdigest()[:16]
-
-
-def runnable(table: LayerTable) -> dict[str, tuple[Workload, ...]]:
-    """The layers of a table that some kernel may run: linear layers and 2-D convolutions with a weight of their own."""
-    found = {}
-    for spec in table:
-        try:
-            works = workloads(spec)
-        except ValueError:
-            continue
-        if spec.name.rpartition(".")[2] == "weight":
-            found[spec.name] = works
-    return found

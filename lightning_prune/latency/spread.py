@@ -35,7 +35,9 @@ def around(works: Sequence[Workload], count: int, seed: int = 0) -> tuple[Worklo
             break
         work = sources[int(torch.randint(len(sources), (), generator=generator))]
         if work.kind == "linear":
-            new = Workload("linear", near(work.batch, _ROWS), near(work.inputs, _CHANNELS), near(work.outputs, _CHANNELS))
+            new = Workload(
+                "linear", near(work.batch, _ROWS), near(work.inputs, _CHANNELS), near(work.outputs, _CHANNELS)
+            )
         else:
             inputs, outputs = near(work.inputs, _CHANNELS), near(work.outputs, _CHANNELS)
             groups = 1

@@ -40,8 +40,12 @@ def pruned(
     copied = copy.deepcopy(layer)
     weight = copied.weight.detach()
     shape = granularity.groups(weight.shape)
+    scores = torch.rand(shape, generator=generator)
+    protected = granularity.protected(scores)
+    if protected is not None:
+        scores += protected
     kept = torch.ones(shape.numel(), dtype=weight.dtype)
-    kept[torch.randperm(len(kept), generator=generator)[: round(sparsity * len(kept))]] = 0
+    kept[scores.flatten().argsort()[: round(sparsity * len(kept))]] = 0
     mask = granularity.expand(kept.view(shape), weight.shape)
     if living < 1:
         inputs = torch.zeros(weight.shape[1], dtype=weight.dtype)

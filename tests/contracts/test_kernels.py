@@ -59,16 +59,14 @@ def test_names_under_which_profiles_are_kept() -> None:
 
 @dataclass
 class Case:
-    """A layer, an input for it, and which of the inputs are zero throughout."""
+    """A layer and an input for it."""
 
     layer: Layer
     x: Tensor
-    living: Tensor | None
 
     def __repr__(self) -> str:
         zeros = (self.layer.weight == 0).double().mean().item()
-        living = None if self.living is None else self.living.tolist()
-        return f"{self.layer} x={tuple(self.x.shape)} strides={self.x.stride()} zeros={zeros:.2f} living={living}"
+        return f"{self.layer} x={tuple(self.x.shape)} strides={self.x.stride()} zeros={zeros:.2f}"
 
 
 def exact(layer: Layer, x: Tensor) -> tuple[Tensor, float]:
@@ -144,12 +142,7 @@ def cases(draw: Any, unit: int) -> Case:
         feature = -3
     pattern = draw(st.sampled_from(["weights", "rows", "columns", "blocks"]))
     zeros_in(layer.weight, pattern, draw(st.sampled_from([0.0, 0.3, 0.8, 0.97, 1.0])), generator)
-    living = None
-    if draw(st.booleans()):
-        living = torch.rand(inputs, generator=generator) < draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]))
-        if x.numel():
-            x.movedim(feature, 0)[~living] = 0.0
-    return Case(layer, x, living)
+    return Case(layer, x)
 
 
 def pair(low: int, high: int) -> st.SearchStrategy[tuple[int, int]]:
@@ -170,7 +163,7 @@ def test_result_is_the_layers(kernel: LayerKernel, data: st.DataObject) -> None:
     if runs(kernel, case.layer, case.x):
         before = case.x.clone()
         with torch.no_grad():
-            assert_right(kernel.build(case.layer, case.living)(case.x), case.layer, case.x)
+            assert_right(kernel.build(case.layer)(case.x), case.layer, case.x)
         assert torch.equal(case.x, before)
 
 

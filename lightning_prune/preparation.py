@@ -1,0 +1,148 @@
+"""Makes a model ready for kernels: for inference, without BatchNorm, without weights that meet nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from lightning_prune.folding import fold_batch_norm
+from lightning_prune.kernels import NHWC, LayerKernel, Workload
+from lightning_prune.kernels.workload import runnable
+from lightning_prune.layers import LayerTable, layer_table
+from lightning_prune.silence import Border, Layer, drop_constant_inputs
+from lightning_prune.tracing import call
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model whose layers can be given to kernels.
+
+    Args:
+        model: a copy for inference.
+        inputs: the example, on the device of the model.
+        table: of the model.
+        layers: by module name, those that kernels may run.
+        works: their calls.
+        folded: names of the BatchNorms that are gone.
+        borders: by module name, what constant inputs add around padded convolutions.
+    """
+
+    model: nn.Module
+    inputs: Any
+    table: LayerTable
+    layers: Mapping[str, Layer]
+    works: Mapping[str, tuple[Workload, ...]]
+    folded: tuple[str, ...]
+    borders: Mapping[str, Border]
+
+    @classmethod
+    def of(cls, model: nn.Module, example_inputs: Any, *, drop_constants: bool = True) -> Prepared:
+        """Prepare a copy of a model.
+
+        Args:
+            model: it is not changed.
+            example_inputs: as for `layer_table`.
+            drop_constants: whether weights that meet constant inputs are dropped.
+
+        Raises:
+            ValueError: the weights are of several types or in several places, or the model does not run on the example.
+        """
+        prepared = inference_copy(model)
+        device, _ = placement(prepared)
+        inputs = tree_map_only(Tensor, lambda x: x.to(device), example_inputs)
+        table = layer_table(prepared, inputs)
+        folded = fold_batch_norm(prepared, inputs)
+        works = {name.rpartition(".")[0]: calls for name, calls in executed(prepared, inputs, runnable(table)).items()}
+        layers: dict[str, Layer] = {name: prepared.get_submodule(name) for name in works}  # type: ignore[misc]
+        once = {name: layer for name, layer in layers.items() if len(works[name]) == 1}
+        borders = drop_constant_inputs(prepared, inputs, once) if drop_constants else {}
+        return cls(prepared, inputs, table, layers, works, tuple(folded), borders)
+
+    def network(self, layout: str, kernels: Mapping[str, LayerKernel]) -> nn.Module:
+        """A copy in a memory layout with kernels in the places of layers."""
+        network = in_layout(self.model, layout)
+        for name, kernel in kernels.items():
+            put(network, name, self.built(name, kernel))
+        return network
+
+    def built(self, name: str, kernel: LayerKernel) -> nn.Module:
+        """The module with which a kernel runs a layer."""
+        layer = self.layers[name]
+        built = kernel.build(layer)
+        border = self.borders.get(name)
+        if border is None or not isinstance(layer, nn.Conv2d):
+            return built
+        return Border(built, border.weight, border.values, layer)
+
+
+def inference_copy(model: nn.Module) -> nn.Module:
+    """A copy in eval mode without gradients, that leaves a Trainer it is attached to behind."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        trainer = module.__dict__.get("_trainer")
+        if trainer is not None:
+            memo[id(trainer)] = None
+    return copy.deepcopy(model, memo).eval().requires_grad_(False)
+
+
+def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where the weights of a model are, and of what type.
+
+    Raises:
+        ValueError: it has none, or they are in several places or of several types.
+    """
+    found = {(p.device, p.dtype) for p in model.parameters() if p.is_floating_point()}
+    if len(found) != 1:
+        places = sorted(f"{dtype} on {device}" for device, dtype in found)
+        raise ValueError(
+            f"latency is measured for weights of one type on one device, {type(model).__name__} has {places}"
+        )
+    return found.pop()
+
+
+def in_layout(model: nn.Module, layout: str) -> nn.Module:
+    """A copy with the weights of convolutions in a layout."""
+    copied = copy.deepcopy(model)
+    return copied.to(memory_format=torch.channels_last) if layout == NHWC else copied
+
+
+def inputs_in_layout(inputs: Any, layout: str) -> Any:
+    """Inputs with images in a layout."""
+    form = torch.channels_last if layout == NHWC else torch.contiguous_format
+    return tree_map_only(Tensor, lambda x: x.contiguous(memory_format=form) if x.ndim == 4 else x, inputs)
+
+
+def executed(model: nn.Module, inputs: Any, works: dict[str, tuple[Workload, ...]]) -> dict[str, tuple[Workload, ...]]:
+    """Of the runnable layers, those that are modules of torch's own classes and are called as such."""
+    candidates = {}
+    for name in works:
+        module = model.get_submodule(name.rpartition(".")[0])
+        if type(module) in (nn.Linear, nn.Conv2d):
+            candidates[name] = module
+    counts = dict.fromkeys(candidates, 0)
+    handles = []
+    for name, module in candidates.items():
+
+        def count(_: nn.Module, args: Any, name: str = name) -> None:
+            counts[name] += 1
+
+        handles.append(module.register_forward_pre_hook(count))
+    try:
+        with torch.inference_mode():
+            call(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: works[name] for name in candidates if counts[name] == len(works[name])}
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Set a submodule by its dotted name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
