@@ -31,6 +31,8 @@ Prune networks while they train, and watch it in TensorBoard.
   lightning-prune fit --config configs/digits_agp.yaml
   lightning-prune fit --config configs/mnist.yaml --config configs/agp.yaml --trainer.max_epochs 20
   lightning-prune test --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt
+  lightning-prune calibrate --config configs/digits.yaml    (times this machine's kernels: device.json)
+  lightning-prune profile --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt    (where zeros pay, in ms)
   lightning-prune fit --trainer.callbacks.help Pruning      (its options; likewise for any other class)
 
 Later configuration files and options override earlier ones; `fit --print_config` shows the result.
@@ -85,6 +87,12 @@ class PruneCLI(LightningCLI):
             args=args,
             run=run,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Those of Lightning and our own; the arguments named are not options, they come from the configuration."""
+        own = {name: {"model", "datamodule"} for name in ("calibrate", "profile")}
+        return {**LightningCLI.subcommands(), **own}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Build a parser that takes options by their full names only, so that a typo is no option."""

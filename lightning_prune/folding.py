@@ -43,7 +43,7 @@ def fold_batch_norm(model: nn.Module, example_inputs: Any) -> list[str]:
     names = {module: name for name, module in model.named_modules()}
     for norm, layer in pairs.items():
         _fold(layer, norm)
-        _replace(model, norm, nn.Identity().train(norm.training))
+        replace_module(model, norm, nn.Identity().train(norm.training))
     return [names[norm] for norm in pairs]
 
 
@@ -97,7 +97,7 @@ def _pairs(model: nn.Module, example_inputs: Any) -> dict[_BatchNorm, nn.Module]
     tied = _tied(model)
     handles = []
     for module in model.modules():
-        if not _plain(module):
+        if not plain(module):
             continue
         if type(module) in _LAYERS and id(module.weight) not in tied:
             reads.announce(module.weight)  # type: ignore[arg-type]
@@ -117,7 +117,7 @@ def _pairs(model: nn.Module, example_inputs: Any) -> dict[_BatchNorm, nn.Module]
     return pairs
 
 
-def _plain(module: nn.Module) -> bool:
+def plain(module: nn.Module) -> bool:
     """Whether a module computes what its class does from parameters of its own, and nobody listens."""
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
     own = all(name in module._parameters for name in ("weight", "bias"))
@@ -156,7 +156,7 @@ def _fold(layer: Any, norm: Any) -> None:
         layer.bias = nn.Parameter(shift.to(weight.dtype), weight.requires_grad)
 
 
-def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Under every name it has."""
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):

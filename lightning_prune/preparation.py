@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_prune.folding import fold_batch_norm
+from lightning_prune.folding import fold_batch_norm, plain
 from lightning_prune.kernels import NHWC, LayerKernel, Workload
 from lightning_prune.kernels.workload import runnable
 from lightning_prune.layers import LayerTable, layer_table
@@ -55,7 +55,7 @@ class Prepared:
         """
         prepared = inference_copy(model)
         device, _ = placement(prepared)
-        inputs = tree_map_only(Tensor, lambda x: x.to(device), example_inputs)
+        inputs = tree_map_only(Tensor, lambda x: x.to(device), cloned(example_inputs))
         table = layer_table(prepared, inputs)
         folded = fold_batch_norm(prepared, inputs)
         works = {name.rpartition(".")[0]: calls for name, calls in executed(prepared, inputs, runnable(table)).items()}
@@ -91,6 +91,11 @@ def inference_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo).eval().requires_grad_(False)
 
 
+def cloned(inputs: Any) -> Any:
+    """A copy of inputs, for a forward that may work in place."""
+    return tree_map_only(Tensor, lambda x: x.detach().clone(), inputs)
+
+
 def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where the weights of a model are, and of what type.
 
@@ -119,18 +124,21 @@ def inputs_in_layout(inputs: Any, layout: str) -> Any:
 
 
 def executed(model: nn.Module, inputs: Any, works: dict[str, tuple[Workload, ...]]) -> dict[str, tuple[Workload, ...]]:
-    """Of the runnable layers, those that are modules of torch's own classes and are called as such."""
+    """Of the runnable layers, those that another module can stand for.
+
+    They are modules of torch's own classes, inside the model, without hooks, and called as such with one tensor.
+    """
     candidates = {}
     for name in works:
         module = model.get_submodule(name.rpartition(".")[0])
-        if type(module) in (nn.Linear, nn.Conv2d):
+        if type(module) in (nn.Linear, nn.Conv2d) and module is not model and plain(module):
             candidates[name] = module
     counts = dict.fromkeys(candidates, 0)
     handles = []
     for name, module in candidates.items():
 
         def count(_: nn.Module, args: Any, name: str = name) -> None:
-            counts[name] += 1
+            counts[name] += len(args) == 1
 
         handles.append(module.register_forward_pre_hook(count))
     try:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -14,17 +15,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_prune.files import write_file
+from lightning_prune.folding import replace_module
 from lightning_prune.kernel_report import KernelReport, LayerReport
 from lightning_prune.kernels import KERNELS, LAYOUTS, NCHW, NHWC, Dense, LayerKernel, measured_occupancy
 from lightning_prune.latency.context import TimedLayer, timed_passes
-from lightning_prune.latency.estimator import LatencyEstimator
+from lightning_prune.latency.estimator import MARGIN, LatencyEstimator
 from lightning_prune.latency.fitted import FittedCost
 from lightning_prune.latency.machine import Machine
 from lightning_prune.latency.passes import replaced
 from lightning_prune.latency.profile import DeviceProfile
 from lightning_prune.latency.timing import keep_freed_memory, repeated, synchroniser
 from lightning_prune.layers import LayerTable
-from lightning_prune.preparation import Prepared, inference_copy, inputs_in_layout, placement, put
+from lightning_prune.preparation import Prepared, cloned, inference_copy, inputs_in_layout, placement
 from lightning_prune.silence import Border
 from lightning_prune.tracing import call
 
@@ -34,9 +36,6 @@ _SCHEMA = "lightning-prune/accelerated/1"
 
 _NEAR = 1.15
 """Kernels estimated to take at most this much longer than the best are timed beside it."""
-
-_WORTH = 0.98
-"""A sparse kernel is taken if it needs at most this share of the dense time; less is within the noise."""
 
 _ROUNDS = 9
 _SWEEPS = 3
@@ -65,6 +64,7 @@ class AcceleratedModel(nn.Module):
             "state": {name: tensor.detach().cpu() for name, tensor in prepared.model.state_dict().items()},
             "borders": {name: (border.weight.cpu(), border.values.cpu()) for name, border in prepared.borders.items()},
         }
+        self.eval()
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -103,7 +103,9 @@ class AcceleratedModel(nn.Module):
         """
         try:
             content = torch.load(path, weights_only=True, map_location="cpu")
-        except (RuntimeError, EOFError, KeyError, ValueError) as error:
+        except (FileNotFoundError, PermissionError, IsADirectoryError):
+            raise
+        except (OSError, RuntimeError, EOFError, KeyError, ValueError, UnpicklingError) as error:
             raise ValueError(f"{path} is not a whole accelerated model: {error}") from None
         if not isinstance(content, dict) or content.get("schema") != _SCHEMA:
             raise ValueError(f"{path} is no accelerated model of schema {_SCHEMA!r}; save it again with this version")
@@ -113,7 +115,7 @@ class AcceleratedModel(nn.Module):
         bare = inference_copy(model)
         try:
             for name in content["folded"]:
-                put(bare, name, nn.Identity())
+                replace_module(bare, bare.get_submodule(name), nn.Identity())
             for name, tensor in content["state"].items():
                 owner, _, attribute = name.rpartition(".")
                 if attribute == "bias" and getattr(bare.get_submodule(owner), "bias", tensor) is None:
@@ -123,7 +125,7 @@ class AcceleratedModel(nn.Module):
             raise ValueError(f"{path} was saved from another model than {type(model).__name__}: {error}") from None
         layers: dict[str, Any] = {name: bare.get_submodule(name) for name in content["kernels"]}
         borders = {
-            name: Border(layers[name], weight, values, layers[name])
+            name: Border(layers[name], weight.to(layers[name].weight), values.to(layers[name].weight), layers[name])
             for name, (weight, values) in content["borders"].items()
         }
         prepared = Prepared(bare, None, LayerTable(()), layers, {}, tuple(content["folded"]), borders)
@@ -183,11 +185,12 @@ def accelerate(
     if profile is not None:
         profile.require(Machine.here(device, dtype))
     prepared = Prepared.of(original, example_inputs)
+    inputs = cloned(prepared.inputs)  # a forward that works in place changes the others
     with torch.inference_mode():
-        expected = call(original, prepared.inputs)
+        expected = call(original, cloned(inputs))
     choice = _Choice(prepared, kernels, profile, rounds)
     best = choice.fastest()
-    error = _difference(expected, best.run(prepared.inputs))
+    error = _difference(expected, best.run(cloned(inputs)))
     if error > tolerance:
         warnings.warn(
             f"the outputs with sparse kernels differ from the dense model's by {error:.1e}, more than "
@@ -267,12 +270,12 @@ class _Choice:
         for name, timing in timings.items():
             candidates[name].seconds = timing.best_s
         self.dense_s = min(c.seconds for name, c in candidates.items() if name.startswith("dense"))
-        best = min(candidates.values(), key=lambda c: c.seconds * (1.0 if _sparse(c) else _WORTH))
+        best = min(candidates.values(), key=lambda c: c.seconds * (1.0 if _sparse(c) else MARGIN))
         return best
 
     def dense(self, layout: str) -> _Candidate:
         """The network without sparse kernels."""
-        return self._assembled(layout, {name: Dense(layout) for name in self.layers})
+        return self._assembled(layout, {name: self._dense_kernel(name, layout) for name in self.layers})
 
     def report(self, best: _Candidate, error: float) -> KernelReport:
         """What was chosen, with the times of each layer in passes of the chosen and of the dense network."""
@@ -282,7 +285,7 @@ class _Choice:
         rows = []
         estimated = math.nan
         if self.estimator is not None and best.kernels:
-            estimated = self.estimator.fixed_s(best.layout)
+            estimated = 0.0
         for name, layer in self.layers.items():
             kernel = best.kernels.get(name)
             seconds = math.nan if kernel is None else self._estimate(name, kernel)
@@ -299,6 +302,8 @@ class _Choice:
                     math.nan if pays is None else float(pays[row]),
                 )
             )
+        if self.estimator is not None:
+            estimated = self.estimator.whole_s(estimated, best.layout)
         return KernelReport(tuple(rows), best.layout, estimated, best.seconds, self.dense_s, error)
 
     def _layouts(self) -> tuple[str, ...]:
@@ -308,9 +313,12 @@ class _Choice:
     def _assembled(self, layout: str, chosen: Mapping[str, LayerKernel]) -> _Candidate:
         return _Candidate(self.prepared.network(layout, chosen), layout, dict(chosen))
 
+    def _dense_kernel(self, name: str, layout: str) -> Dense:
+        return Dense(layout if isinstance(self.layers[name], nn.Conv2d) else NCHW)
+
     def _usable(self, name: str, layout: str) -> list[LayerKernel]:
         """Kernels that run a layer in a layout, the dense one first."""
-        dense = Dense(layout if isinstance(self.layers[name], nn.Conv2d) else NCHW)
+        dense = self._dense_kernel(name, layout)
         others = [
             kernel
             for kernel in self.kernels
@@ -339,7 +347,7 @@ class _Choice:
             times = self._contest(layout, chosen, contested)
             for name, kernels in contested.items():
                 dense_first = [
-                    seconds * (1.0 if kernel.uses_sparsity else _WORTH)
+                    seconds * (1.0 if kernel.uses_sparsity else MARGIN)
                     for kernel, seconds in zip(kernels, times[name], strict=True)
                 ]
                 chosen[name] = kernels[dense_first.index(min(dense_first))]
@@ -361,6 +369,8 @@ class _Choice:
 
     def _in_context(self, candidate: _Candidate) -> dict[str, float]:
         """Least seconds of each layer in passes of a network."""
+        if not self.layers:
+            return {}
         timed = {name: TimedLayer([candidate.network.get_submodule(name)], self.device) for name in self.layers}
         with replaced(candidate.network, timed):
             for _ in timed_passes(list(timed.values()), lambda: candidate.run(self.inputs), self.rounds):
@@ -384,11 +394,26 @@ def _sparse(candidate: _Candidate) -> bool:
 
 
 def _difference(expected: Any, given: Any) -> float:
-    """Greatest difference of two outputs, relative to the greatest expected number."""
+    """Greatest difference of two outputs, relative to the greatest expected number; infinite if they have none."""
+    ones, others = list(_tensors(expected)), list(_tensors(given))
+    if not ones or [one.shape for one in ones] != [other.shape for other in others]:
+        return math.inf
     worst = 0.0
-    for one, other in zip(tree_leaves(expected), tree_leaves(given), strict=True):
-        if isinstance(one, Tensor) and one.is_floating_point() and one.numel():
-            scale = max(float(one.abs().max()), 1e-30)
-            difference = float((one.double() - other.double()).abs().max()) / scale
-            worst = max(worst, math.inf if math.isnan(difference) else difference)
+    for one, other in zip(ones, others, strict=True):
+        same = (one == other) | (one.isnan() & other.isnan())
+        if same.all():
+            continue
+        if not one.is_floating_point():
+            return math.inf
+        scale = max(float(one[one.isfinite()].abs().max()) if one.isfinite().any() else 0.0, 1e-30)
+        difference = float((one.double() - other.double()).abs()[~same].max()) / scale
+        worst = max(worst, math.inf if math.isnan(difference) else difference)
     return worst
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            yield torch.view_as_real(leaf) if leaf.is_complex() else leaf
+        elif is_dataclass(leaf):
+            yield from _tensors(list(vars(leaf).values()))

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from lightning_prune.tracing import call
+from lightning_prune.tracing import buffers_kept, call
 
 Layer = nn.Linear | nn.Conv2d
 
@@ -47,7 +47,8 @@ class Border(nn.Module):
         found = self.maps.get(key)
         if found is None or found.device != y.device:
             images = self.values.view(1, -1, 1, 1).expand(1, -1, *x.shape[-2:])
-            found = functional.conv2d(images, self.weight, None, *self.geometry)
+            stride, padding, dilation = self.geometry
+            found = functional.conv2d(images, self.weight, None, stride, padding, dilation)
             if not y.is_contiguous():
                 found = found.contiguous(memory_format=torch.channels_last)
             self.maps[key] = found
@@ -76,8 +77,10 @@ def drop_constant_inputs(model: nn.Module, example_inputs: Any, layers: Mapping[
     >>> model[2].weight.tolist()
     [[2.0, 0.0]]
     """
-    if not all(leaf.is_floating_point() for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)):
-        return {}
+    tensors = [leaf for leaf in tree_leaves(example_inputs) if isinstance(leaf, Tensor)]
+    known = any(not x.is_floating_point() or not x.numel() for x in tensors)
+    if known or any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        return {}  # what a script does goes unwatched
     changes: dict[Layer, _Change] = {}
 
     def before(module: Any, args: tuple[Any, ...]) -> None:
@@ -96,7 +99,7 @@ def drop_constant_inputs(model: nn.Module, example_inputs: Any, layers: Mapping[
     handles += [module.register_forward_hook(after) for module in layers.values()]
     watch = _Decisions()
     try:
-        with torch.no_grad(), watch:
+        with buffers_kept(model), torch.no_grad(), watch:
             call(model, unknown)
     finally:
         for handle in handles:
@@ -112,9 +115,47 @@ def drop_constant_inputs(model: nn.Module, example_inputs: Any, layers: Mapping[
 
 
 class _Decisions(TorchFunctionMode):
-    """Notices where NaN is lost: comparisons, and functions that put numbers in its place."""
+    """Notices where NaN is lost: in comparisons, in Python's numbers, and in functions that give others for it."""
 
-    _REPLACE = ("nan_to_num", "nan_to_num_", "nansum", "nanmean", "fmax", "fmin", "isnan", "isfinite")
+    _LOSE = frozenset(
+        [
+            "eq",
+            "ne",
+            "lt",
+            "le",
+            "gt",
+            "ge",
+            "nan_to_num",
+            "nansum",
+            "nanmean",
+            "nanmedian",
+            "nanquantile",
+            "fmax",
+            "fmin",
+            "sign",
+            "sgn",
+            "copysign",
+            "heaviside",
+            "hypot",
+            "gumbel_softmax",
+            "max_unpool1d",
+            "max_unpool2d",
+            "max_unpool3d",
+            "grid_sample",
+            "item",
+            "tolist",
+            "numpy",
+            "equal",
+            "allclose",
+            "is_nonzero",
+            "__bool__",
+            "__int__",
+            "__float__",
+            "__index__",
+            "__array__",
+            "__contains__",
+        ]
+    )
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,16 +164,26 @@ class _Decisions(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        self.made = self.made or (self._loses(func) and _unknown((args, kwargs)))  # before it is overwritten in place
         result = func(*args, **(kwargs or {}))
-        if not self.made:
-            counts = any(isinstance(leaf, Tensor) and not leaf.is_floating_point() for leaf in tree_leaves(result))
-            if counts or getattr(func, "__name__", "") in self._REPLACE:
-                with torch._C.DisableTorchFunction():
-                    self.made = any(
-                        isinstance(leaf, Tensor) and leaf.is_floating_point() and bool(leaf.isnan().any())
-                        for leaf in tree_leaves((args, kwargs))
-                    )
+        if not self.made and any(
+            isinstance(leaf, Tensor) and not leaf.is_floating_point() for leaf in tree_leaves(result)
+        ):
+            self.made = _unknown((args, kwargs))
         return result
+
+    def _loses(self, func: Any) -> bool:
+        name = getattr(func, "__name__", "")
+        return name in self._LOSE or name.removesuffix("_") in self._LOSE
+
+
+def _unknown(tree: Any) -> bool:
+    """Whether there is a NaN in any tensor."""
+    with torch._C.DisableTorchFunction():
+        return any(
+            isinstance(leaf, Tensor) and leaf.is_floating_point() and bool(leaf.isnan().any())
+            for leaf in tree_leaves(tree)
+        )
 
 
 @dataclass(frozen=True)
@@ -153,9 +204,14 @@ class _Change:
 
 
 def _constants(x: Tensor, dim: int) -> Tensor:
-    """`[channels]`: the one number of each channel, NaN where it has several or is unknown."""
+    """`[channels]`: the one number of each channel, NaN where it has several or is unknown.
+
+    Vectors and what is left beside them are rounded differently, so that one number may come in a few neighbours.
+    """
     channels = x.movedim(x.ndim - dim, 0).flatten(1)
-    return torch.where((channels == channels[:, :1]).all(1), channels[:, 0], torch.nan)
+    spread = channels.amax(1) - channels.amin(1)
+    alike = spread <= 8 * torch.finfo(x.dtype).eps * channels[:, 0].abs()
+    return torch.where(alike, channels[:, 0], torch.nan)
 
 
 def _absorbed(module: Layer, values: Tensor) -> _Change:

@@ -89,7 +89,7 @@ def _for_real(model: nn.Module, example_inputs: Any, device: torch.device | None
 def _run_for_real(model: nn.Module, inputs: Any, device: torch.device | None, mode: TorchDispatchMode) -> Any:
     # A forward that works in place would otherwise write into the caller's example.
     inputs = tree_map_only(Tensor, lambda tensor: _moved(tensor.detach().clone(), device), inputs)
-    with _buffers_kept(model), mode:
+    with buffers_kept(model), mode:
         return call(model, inputs)
 
 
@@ -198,7 +198,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
+def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Puts back the values of buffers that a forward wrote to in place."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     try:

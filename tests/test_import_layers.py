@@ -16,7 +16,7 @@ from lightning_prune.granularities import Granularity
 from tests.contracts.tables import defined
 
 PACKAGE = Path(lightning_prune.__file__).parent
-SHELL = ("callbacks", "trainer", "zoo", "cli")
+SHELL = ("callbacks", "commands", "trainer", "zoo", "cli")
 LOWER = sorted(
     ".".join(("lightning_prune", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
     for path in PACKAGE.rglob("*.py")

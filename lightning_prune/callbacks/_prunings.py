@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_prune.callbacks import _training
 from lightning_prune.callbacks.pruning import Pruning
+from lightning_prune.granularities import Granularity
 from lightning_prune.metrics import Count
 
 
@@ -42,6 +43,15 @@ class Prunings:
     def plan(self) -> dict[str, float]:
         """Parameter name -> target; complete once training has started."""
         return {name: share for pruning in self._each for name, share in pruning.plan.items()}
+
+    @property
+    def granularities(self) -> dict[str, Granularity]:
+        """Parameter name -> the groups in which it is pruned; complete once training has started."""
+        return {
+            name: pruning.plan.granularity(name) or pruning.granularity
+            for pruning in self._each
+            for name in pruning.plan
+        }
 
     @property
     def at_target(self) -> bool:

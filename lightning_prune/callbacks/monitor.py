@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from rich.console import Console
 from torch import Tensor
 
 from lightning_prune import metrics, targets
 from lightning_prune.callbacks import _training
 from lightning_prune.callbacks._histograms import Histograms
 from lightning_prune.callbacks._hparams import Session
+from lightning_prune.callbacks._latency import TAGS, Latency, settings_of
 from lightning_prune.callbacks._prunings import Prunings, removed
 from lightning_prune.callbacks._records import Records
 from lightning_prune.figures import layer_figure, to_array
+from lightning_prune.latency.profile import DeviceProfile
 from lightning_prune.layers import LayerTable, layer_table
 from lightning_prune.metrics import Count
 from lightning_prune.summary import LayerRow, Summary, Totals, layer_rows, to_markdown, to_rich
+from lightning_prune.terminal import console, say
 
 _AT_TARGET = "_at_target"
 _SIZES = ("sparsity/global", "compression_ratio", "theoretical_speedup")
@@ -40,20 +43,26 @@ class SparsityMonitor(Callback):
     | `sparsity/<parameter>` | every logger | likewise |
     | `sparsity/target` | every logger; only with `Pruning` | likewise |
     | `compression_ratio`, `theoretical_speedup` | every logger, `trainer.callback_metrics` | likewise |
+    | `latency/estimated_ms`, `latency/dense_ms`, `latency/speedup` | every logger, `trainer.callback_metrics`; only \
+with `profile` | likewise |
     | `mask/churn` | every logger; only with `Pruning` | mask updates |
     | `summary/<metric>_before`, `_best`, `_last` | every logger | end |
     | `weights/<parameter>`, `weights_kept/<parameter>` | TensorBoard, histograms | start; before the first weight is \
 removed; before and after the target is reached; end |
     | `layers` | TensorBoard, images | start, end |
     | `summary` | TensorBoard, text | end |
-    | `pruning/...` beside the user's own | TensorBoard, hparams | start, final metrics at the end |
-    | `pruning` | hyperparameters of every other logger | start |
+    | `pruning/...`, `latency/...` beside the user's own | TensorBoard, hparams | start, final metrics at the end |
+    | `pruning`, `latency` | hyperparameters of every other logger | start |
 
     `sparsity/global` and `sparsity/<parameter>` are about the weights of linear and convolution layers and whatever
     else a `Pruning` callback names; `compression_ratio` is about all parameters (see `lightning_prune.metrics`).
     `weights_kept` leaves out the exact zeros, whose spike hides the shape of the rest. A histogram "before" was
     counted ahead of the last batch of an epoch, or at the mask update before, whichever came later. Only the first
     process logs and prints.
+
+    Latency is an estimate for the device of `profile`, which need not be the one that trains, from the zeros that are
+    really there and in the pattern in which `Pruning` removes them. It holds for the batch size of the example, and
+    `lightning-prune calibrate` measures for that of `example_input_array`.
 
     Args:
         every_n_epochs: epochs between logs while the masks stand still.
@@ -63,9 +72,12 @@ removed; before and after the target is reached; end |
         progress_bar: whether to show `sparsity` there.
         example_inputs: what `layer_table` runs the module on to count multiplications; the module's
             `example_input_array` by default, else one example of the first training batch.
+        profile: a `DeviceProfile` or the path of one, to estimate latency with.
 
     Raises:
-        ValueError: if `every_n_epochs` is below 1.
+        ValueError: if `every_n_epochs` is below 1, the profile is none, or, when fit starts, it does not know the
+            model's layers.
+        FileNotFoundError: if there is no such profile.
     """
 
     def __init__(
@@ -76,6 +88,7 @@ removed; before and after the target is reached; end |
         summary: bool = True,
         progress_bar: bool = False,
         example_inputs: Any = None,
+        profile: DeviceProfile | str | Path | None = None,
     ) -> None:
         super().__init__()
         if every_n_epochs < 1:
@@ -86,6 +99,7 @@ removed; before and after the target is reached; end |
         self.summary = summary
         self.progress_bar = progress_bar
         self.example_inputs = example_inputs
+        self.profile = DeviceProfile.load(profile) if isinstance(profile, str | Path) else profile
         self._restart()
 
     def _restart(self) -> None:
@@ -103,6 +117,7 @@ removed; before and after the target is reached; end |
         self._prunings = Prunings([])
         self._masks: Mapping[str, Tensor] = {}
         self._table: LayerTable | None = None
+        self._latency: Latency | None = None
         self._start: dict[str, Count] = {}
         self._histograms = Histograms([])
         self._logged: tuple[int, int | None] | None = None
@@ -147,6 +162,8 @@ removed; before and after the target is reached; end |
             self._updates, self._masks = self._prunings.updates, self._prunings.masks
             self._begun, self._reached = self._prunings.begun, self._prunings.at_target
         settings = self._prunings.settings(self._start)
+        if self.profile is not None:
+            settings["latency"] = settings_of(self.profile)
         if self._session is not None:
             self._session.start(settings)
         for logger in trainer.loggers:
@@ -251,10 +268,12 @@ removed; before and after the target is reached; end |
         self._add_figure(trainer, pl_module, counts, "End of fit")
         report = self._report(pl_module, counts)
         _training.log_scalars(trainer, report.scalars())
+        notes = [] if self._latency is None else [self._latency.line(self._estimates(counts))]
         for board in _training.tensorboards(trainer):
-            board.experiment.add_text("summary", to_markdown(report), trainer.global_step)
+            board.experiment.add_text("summary", "\n\n".join([to_markdown(report), *notes]), trainer.global_step)
         if self._session is not None:
             sizes = [name for name in _SIZES if name != "theoretical_speedup" or self._table is not None]
+            sizes += TAGS if self._latency is not None else ()
             own = [name for name in self._records.last if name == "hp_metric"]
             final = list(report.scalars())
             # TensorBoard shows the first five at once, the others when they are ticked.
@@ -265,12 +284,10 @@ removed; before and after the target is reached; end |
             if trainer.progress_bar_callback is not None:
                 # A bar that is still alive would draw itself over the table; it has nothing more to show.
                 trainer.progress_bar_callback.teardown(trainer, pl_module, "fit")
-            console = Console()
-            # Rich assumes 80 columns where there is no terminal, in a log file say, which would fold the tables.
-            console = console if console.is_terminal else Console(width=120)
-            console.print(to_rich(report))
-            for line in _training.whereabouts(trainer):
-                console.print(line, soft_wrap=True, highlight=False)
+            terminal = console()
+            terminal.print(to_rich(report))
+            for line in (*notes, *_training.whereabouts(trainer)):
+                say(terminal, line)
 
     # Numbers
 
@@ -300,6 +317,7 @@ removed; before and after the target is reached; end |
         sizes = {"sparsity/global": totals.sparsity, "compression_ratio": totals.compression_ratio}
         if totals.theoretical_speedup is not None:
             sizes["theoretical_speedup"] = totals.theoretical_speedup
+        sizes |= self._estimates(counts)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in sizes.items()})
         if self.progress_bar:
             trainer.progress_bar_metrics["sparsity"] = totals.sparsity
@@ -308,6 +326,9 @@ removed; before and after the target is reached; end |
         if self._prunings:
             scalars["sparsity/target"] = removed(self._prunings.plan, counts, names)
         _training.log_scalars(trainer, scalars | dict(more or {}))
+
+    def _estimates(self, counts: Mapping[str, Count]) -> dict[str, float]:
+        return {} if self._latency is None else self._latency.scalars(counts, self._prunings.granularities)
 
     def _report(self, pl_module: LightningModule, counts: Mapping[str, Count]) -> Summary:
         started = {name: Count(each.shape, each.total, self._before[name]) for name, each in counts.items()}
@@ -329,19 +350,26 @@ removed; before and after the target is reached; end |
 
     def _build_table(self, pl_module: LightningModule, example: Any) -> None:
         if not is_overridden("forward", pl_module):
-            warnings.warn(
-                f"SparsityMonitor counts no multiplications: {type(pl_module).__name__} has no forward; define it",
-                stacklevel=2,
+            self._without_table(
+                f"SparsityMonitor counts no multiplications: {type(pl_module).__name__} has no forward; define it"
             )
             return
         try:
             self._table = layer_table(pl_module, example)
         except ValueError as error:
-            warnings.warn(
+            self._without_table(
                 f"SparsityMonitor leaves out multiplications and theoretical speedup: {str(error).rstrip('.')}; "
-                "give SparsityMonitor(example_inputs=...)",
-                stacklevel=2,
+                "give SparsityMonitor(example_inputs=...)"
             )
+            return
+        if self.profile is not None:
+            self._latency = Latency(self.profile, self._table)
+
+    def _without_table(self, reason: str) -> None:
+        """Do with less, unless an estimate was asked for, which needs the table."""
+        if self.profile is not None:
+            raise ValueError(f"SparsityMonitor(profile=...) cannot estimate latency. {reason}")
+        warnings.warn(reason, stacklevel=3)
 
     # Pictures
 

@@ -50,51 +50,52 @@ class Dense(LayerKernel):
 
     def features(self, work: Workload, left: Occupancy) -> dict[str, Tensor | float]:
         """Work, also rounded up to whole vectors, and traffic."""
-        return dense_features(work, work.outputs, work.inputs)
+        return dense_features(work, work.outputs, work.inputs, self.layout)
 
     def coordinates(self, work: Workload, left: Occupancy) -> dict[str, Tensor | float]:
         """The shape, and how it fits vectors."""
-        return dense_coordinates(work, work.outputs, work.inputs)
+        return dense_coordinates(work, work.outputs, work.inputs, self.layout)
 
 
-def dense_features(work: Workload, outputs: Tensor | float, inputs: Tensor | float) -> dict[str, Tensor | float]:
+def dense_features(
+    work: Workload, outputs: Tensor | float, inputs: Tensor | float, layout: str
+) -> dict[str, Tensor | float]:
     """Terms of a dense layer with this many of its outputs and inputs.
 
-    PyTorch runs small convolutions by itself, as a matrix product per image, and gives the others to oneDNN; each
-    way has terms of its own.
+    PyTorch runs small convolutions by itself, as a matrix product per image, and gives the others to oneDNN, which
+    works on whole vectors of channels; each way has terms of its own.
     """
     outputs, inputs = torch.as_tensor(outputs, dtype=torch.float64), torch.as_tensor(inputs, dtype=torch.float64)
-    vectors = torch.ceil(outputs / 16) * 16
-    met = work.inputs / work.groups if work.groups > 1 else inputs  # by each output
-    weights = outputs * met * work.taps
-    read = inputs * (work.input_elements / work.inputs)
-    written = outputs * float(work.positions)
+    weights = outputs * inputs / work.groups * work.taps
+    if work.groups > 1:
+        weights = outputs * work.taps * (work.inputs // work.groups)
     terms = {
         "calls": torch.ones_like(weights),
         "macs": weights * work.positions,
         "weights": weights,
-        "read": read,
-        "written": written,
+        "read": inputs * (work.input_elements / work.inputs),
+        "written": outputs * float(work.positions),
     }
     if work.kind == "linear":
-        few = float(min(work.batch, 8))
         return {
             **terms,
-            "vector_macs": vectors * inputs * float(work.batch),
-            "few_macs": weights * few,
+            "vector_macs": whole_vectors(outputs) * inputs * float(work.batch),
+            "few_macs": weights * float(min(work.batch, 8)),
             "one_row": torch.full_like(weights, float(work.batch == 1)),
             "one_row_weights": weights * float(work.batch == 1),
         }
+    images = {"images": terms["calls"] * work.batch, "image_weights": weights * work.batch}
     if work.groups > 1:
-        return {**terms, "groups": outputs * (work.groups / work.outputs), "images": terms["calls"] * work.batch}
+        vector_macs = weights / outputs * whole_vectors(outputs) * work.positions
+        return {**terms, **images, "vector_macs": vector_macs, "groups": outputs * (work.groups / work.outputs)}
     native = runs_natively(work, inputs).to(torch.float64)
-    patches = inputs * float(work.taps * work.positions)
+    wide_outputs, wide_inputs = _wide(work, outputs, inputs, layout)
     both = {
         **terms,
-        "vector_macs": vectors * inputs * float(work.taps * work.positions),
-        "patches": patches,
-        "images": terms["calls"] * work.batch,
-        "image_weights": weights * work.batch,
+        **images,
+        "vector_macs": wide_outputs * wide_inputs * float(work.taps * work.positions),
+        "patches": wide_inputs * float(work.taps * work.positions),
+        "wide_written": wide_outputs * float(work.positions),
     }
     return {
         **{f"native_{name}": value * native for name, value in both.items()},
@@ -111,17 +112,33 @@ def runs_natively(work: Workload, inputs: Tensor) -> Tensor:
     return small | (torch.ones_like(small) if plain and one_thread else torch.zeros_like(small))
 
 
-def dense_coordinates(work: Workload, outputs: Tensor | float, inputs: Tensor | float) -> dict[str, Tensor | float]:
+def whole_vectors(channels: Tensor) -> Tensor:
+    """Channels rounded up to vectors of 16 floats."""
+    return torch.ceil(channels / 16 - 1e-9) * 16
+
+
+def _wide(work: Workload, outputs: Tensor, inputs: Tensor, layout: str) -> tuple[Tensor, Tensor]:
+    """Outputs and inputs that are really worked on: oneDNN fills whole vectors, of few inputs in "nchw" excepted."""
+    native = runs_natively(work, inputs)
+    wide_inputs = torch.where((inputs > 16) & (layout == NCHW) & ~native, whole_vectors(inputs), inputs)
+    return torch.where(native, outputs, whole_vectors(outputs)), wide_inputs
+
+
+def dense_coordinates(
+    work: Workload, outputs: Tensor | float, inputs: Tensor | float, layout: str
+) -> dict[str, Tensor | float]:
     """The shape with this many outputs and inputs, how they fill vectors, and which way PyTorch goes."""
     outputs, inputs = torch.as_tensor(outputs, dtype=torch.float64), torch.as_tensor(inputs, dtype=torch.float64)
     native = torch.zeros_like(inputs)
+    unfilled = (-outputs % 16) / 16
     if work.kind == "conv2d" and work.groups == 1:
         native = runs_natively(work, inputs).to(torch.float64)
+        outputs, inputs = _wide(work, outputs, inputs, layout)
+        unfilled = torch.zeros_like(inputs)
     return {
         **shape_coordinates(work),
         "inputs": octaves(inputs),
         "outputs": octaves(outputs),
-        "unfilled_outputs": (-outputs % 16) / 16,
-        "unfilled_inputs": (-inputs % 16) / 16,
+        "unfilled": unfilled,
         "native": 3.0 * native,
     }

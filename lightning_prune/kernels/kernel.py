@@ -33,6 +33,9 @@ class LayerKernel(ABC):
     points: tuple[tuple[float, float], ...] = ((0.4, 1.0), (0.7, 1.0), (0.85, 1.0), (0.95, 1.0), (1.0, 1.0))
     """Where calibration times it: fraction removed, and share of the inputs that keep any weight; one group stays."""
 
+    without_zeros: str | None = None
+    """Name of the kernel that it amounts to where nothing was removed: times of that one are times of this one too."""
+
     uses_sparsity: bool = True
     """Whether its time depends on what is left of the weight."""
 

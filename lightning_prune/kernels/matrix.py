@@ -175,6 +175,7 @@ class MatrixKernel(LayerKernel):
         single = float(work.kind == "linear" and work.batch == 1)  # a matrix times a vector
         images = 1 if work.kind == "linear" else work.batch
         width = work.positions // images
+        patches = 0.0 if work.pointwise else float(work.inputs * work.taps * work.positions)
         return {
             "calls": 1.0,
             "images": float(images),
@@ -184,7 +185,10 @@ class MatrixKernel(LayerKernel):
             "stored": stored,
             "rows": float(work.outputs * images),
             "written": float(work.output_elements),
-            "patches": 0.0 if work.pointwise else float(work.inputs * work.taps * work.positions),
+            "patches": patches,
+            "strided_patches": patches if work.stride != (1, 1) else 0.0,
+            "runs": patches / work.output_size[1],  # pieces of a row that are copied at once
+            "padded": 0.0 if max(work.padding) == 0 else float(work.input_elements),
             "read": float(work.input_elements),
             "vector_calls": single,
             "vector_stored": single * stored,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.granularities import Filter
-from lightning_prune.kernels.dense import dense_coordinates, dense_features
+from lightning_prune.kernels.dense import Dense, dense_coordinates, dense_features
 from lightning_prune.kernels.kernel import LAYOUTS, NCHW, NHWC, LayerKernel
 from lightning_prune.kernels.occupancy import Occupancy
 from lightning_prune.kernels.workload import Workload
@@ -48,7 +48,7 @@ class ShrunkLayer(nn.Module):
                 0, rows, torch.arange(len(rows), device=rows.device)
             )
             rest[rows] = 0
-        if layer.weight.ndim == 4 and self.layer.in_channels > len(columns):
+        if isinstance(self.layer, nn.Conv2d) and self.layer.in_channels > len(columns):
             columns = torch.cat([columns, columns[:1]])  # what the spare output of a depthwise layer reads
         self.register_buffer(
             "columns", None if torch.equal(columns, torch.arange(inputs, device=columns.device)) else columns
@@ -98,6 +98,7 @@ class Shrunk(LayerKernel):
         if layout not in LAYOUTS:
             raise ValueError(f"a layout is one of {LAYOUTS}, got {layout!r}")
         self.layout = layout
+        self.without_zeros = Dense(layout).name
 
     @property
     def name(self) -> str:
@@ -128,7 +129,7 @@ class Shrunk(LayerKernel):
         rows, columns = _sizes(work, left)
         gathers, scatters = (columns < work.inputs).double(), (rows < work.outputs).double()
         return {
-            **dense_features(work, rows, columns),
+            **dense_features(work, rows, columns, self.layout),
             "gathers": gathers,
             "gathered": gathers * columns * (work.input_elements / work.inputs),
             "scatters": scatters,
@@ -140,7 +141,7 @@ class Shrunk(LayerKernel):
         """Those of the smaller layer, and what is gathered and scattered around it."""
         rows, columns = _sizes(work, left)
         return {
-            **dense_coordinates(work, rows, columns),
+            **dense_coordinates(work, rows, columns, self.layout),
             "all_inputs": math.log2(work.inputs),
             "all_outputs": math.log2(work.outputs),
             "gathers": (columns < work.inputs).double(),

@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import nn
 
-from lightning_prune.kernels import KERNELS, LAYOUTS, NHWC, Dense, LayerKernel, Workload
+from lightning_prune.kernels import KERNELS, LAYOUTS, NHWC, Dense, LayerKernel, Workload, workloads
 from lightning_prune.latency.context import Sequenced
 from lightning_prune.latency.fitted import fitted_cost, held_out_errors, summary
 from lightning_prune.latency.machine import Machine
+from lightning_prune.latency.measurement import Measurement, telling
 from lightning_prune.latency.passes import Layers, Passes, measure_kernel
 from lightning_prune.latency.producers import producers
 from lightning_prune.latency.profile import DeviceProfile, NetworkRecord, digest
 from lightning_prune.latency.spread import around
 from lightning_prune.latency.timing import keep_freed_memory, repeated, synchroniser
+from lightning_prune.layers import LayerTable
 from lightning_prune.preparation import Prepared, in_layout, inputs_in_layout, placement
 from lightning_prune.tracing import call
 
@@ -32,6 +33,9 @@ _logger = logging.getLogger(__name__)
 
 _IN_ONE_PASS = 30
 """Shapes beside the network's that are timed in one pass."""
+
+_DENSE = 4
+"""How many times more shapes are timed dense."""
 
 _ATTEMPTS = 3
 """How often a kernel is timed until the machine is quiet."""
@@ -61,6 +65,9 @@ def calibrate(
     the example. With one thread they repeat within about 1 %, with more they do not: call `torch.set_num_threads(1)`
     first unless you deploy otherwise.
 
+    From here on this process keeps memory that it frees (`mallopt`, where the allocator is glibc's): page faults would
+    make times a matter of chance.
+
     Args:
         model: any module; an eval-mode copy of it is timed.
         example_inputs: as for `layer_table`.
@@ -81,7 +88,8 @@ def calibrate(
     Warns:
         NoisyMachineWarning: the process did not have its core to itself; the profile says so as well.
 
-    >>> profile = calibrate(nn.Linear(64, 32), torch.ones(4, 64), rounds=3, spread=0, progress=False)
+    >>> model = nn.Sequential(nn.Linear(64, 32))
+    >>> profile = calibrate(model, torch.ones(4, 64), rounds=3, spread=0, progress=False)
     >>> profile.machine.kind, sorted(profile.costs)[:3]
     ('cpu', ['bsr-16', 'bsr-4', 'bsr-8'])
     """
@@ -95,18 +103,22 @@ def calibrate(
     known = _known(profile, kernels)
     if known is not None:
         known.require(machine)
-    works, inputs, table = prepared.works, prepared.inputs, prepared.table
+    works, table = prepared.works, prepared.table
     if not works:
         raise ValueError(
-            f"{type(model).__name__} has no layer to calibrate: kernels run nn.Linear and nn.Conv2d, and its layers are "
-            f"{sorted({spec.kind for spec in table}) or 'none'}"
+            f"{type(model).__name__} has no layer to calibrate, kernels run modules of the classes nn.Linear and "
+            f"nn.Conv2d: {_refused(table)}"
         )
     source = digest(table)
-    shapes = around([work for calls in works.values() for work in calls], spread)
-    session = _Session(machine, kernels, rounds, known, path)
+    everywhere = [work for calls in works.values() for work in calls]
+    shapes = around(everywhere, spread)
+    session = Session(machine, kernels, rounds, known, path)
     with _bar(progress, f"Calibrating {type(model).__name__}", session.steps(shapes)) as bar:
         session.measure_network(prepared, source, bar)
         session.measure_spread(shapes, bar)
+        # Dense layers have one time for each shape where others have five: they need more shapes.
+        more = [work for work in around(everywhere, _DENSE * spread) if work not in shapes]
+        session.measure_spread(more, lambda share: None, dense_only=True)
     result = session.profile(held_out=True)
     if path is not None:
         result.save(path)
@@ -120,7 +132,7 @@ def calibrate(
     return result
 
 
-class _Session:
+class Session:
     """Collects measurements, skips what is known, and saves after every step.
 
     Dense layers are timed first, and again beside every kernel: where the whole machine has become slower or faster
@@ -147,6 +159,7 @@ class _Session:
 
     def measure_network(self, prepared: Prepared, source: str, bar: Callable[[float], None]) -> None:
         """Time a network: whole and dense, then layer by layer with every kernel."""
+        self._report_idle(prepared)
         known = source in self.networks
         if not known:
             self.measurements = [m for m in self.measurements if m.source != source]  # of an interrupted start
@@ -162,7 +175,9 @@ class _Session:
                     call(model, inputs_in_layout(prepared.inputs, layout))  # converting them is part of a pass
 
                 kernels = [k for k in self.kernels if k.layout == layout and k.uses_sparsity != dense_first]
-                self._measure(kernels, model, layers, run, source, bar)
+                rests = self._measure(kernels, model, layers, run, source, bar)
+                if not dense_first and rests:
+                    self._add_rests(source, layout, rests)
                 if dense_first and not known:
                     dense_s[layout] = _whole(run, max(self.rounds, 15), torch.device(self.machine.kind))
                     fixed_s[layout] = max(dense_s[layout] - self._dense_s(source, layout), 0.0)
@@ -174,11 +189,23 @@ class _Session:
                     sum(work.output_elements for works in prepared.works.values() for work in works),
                     {layout: fixed_s.get(layout, fixed_s[LAYOUTS[0]]) for layout in LAYOUTS},
                     {layout: dense_s.get(layout, dense_s[LAYOUTS[0]]) for layout in LAYOUTS},
+                    {},
                     producers(prepared.model, prepared.inputs, named),
                 )
                 self.save()
 
-    def measure_spread(self, shapes: Sequence[Workload], bar: Callable[[float], None]) -> None:
+    def _report_idle(self, prepared: Prepared) -> None:
+        """Say which kernels run nothing here, for lack of a library, say."""
+        works = [work for calls in prepared.works.values() for work in calls]
+        device, dtype = torch.device(self.machine.kind), self.machine.torch_dtype
+        for kernel in self.kernels:
+            reasons = {kernel.refuses(work, dtype, device) for work in works}
+            if None not in reasons:
+                _logger.info("kernel %s is left out: %s", kernel.name, "; ".join(sorted(map(str, reasons))))
+
+    def measure_spread(
+        self, shapes: Sequence[Workload], bar: Callable[[float], None], *, dense_only: bool = False
+    ) -> None:
         """Time the kernels on single layers that are run one after another, alike ones together."""
         order = sorted(shapes, key=lambda w: (w.kind, w.macs + 20 * (w.weights + w.input_elements + w.output_elements)))
         generator = torch.Generator().manual_seed(0)
@@ -186,11 +213,15 @@ class _Session:
         for start in range(0, len(order), _IN_ONE_PASS):
             for layout in LAYOUTS:
                 part = [w for w in order[start : start + _IN_ONE_PASS] if layout != NHWC or w.kind == "conv2d"]
-                modules = [w.layer().to(device, dtype).eval().requires_grad_(False) for w in part]
+                # Up and down again, so that the first of a pass follows one of its size as the others do.
+                part = part[::2] + part[1::2][::-1]
+                with torch.random.fork_rng(devices=[]):  # the weights of new layers are drawn
+                    modules = [w.layer().to(device, dtype).eval().requires_grad_(False) for w in part]
                 inputs = [torch.randn(w.input_shape(), generator=generator).to(device, dtype) for w in part]
                 sequence = in_layout(Sequenced(modules, inputs_in_layout(inputs, layout)), layout)
                 layers: Layers = {f"layers.{i}": (sequence.layers[i], (w,)) for i, w in enumerate(part)}  # type: ignore[index,misc]
-                kernels = sorted((k for k in self.kernels if k.layout == layout), key=lambda k: k.uses_sparsity)
+                usable = [k for k in self.kernels if k.layout == layout and not (dense_only and k.uses_sparsity)]
+                kernels = sorted(usable, key=lambda k: k.uses_sparsity)
                 self._measure(kernels, sequence, layers, sequence, "spread", bar)
 
     def _measure(
@@ -201,8 +232,9 @@ class _Session:
         run: Callable[[], Any],
         source: str,
         bar: Callable[[float], None],
-    ) -> None:
-        """Time kernels on those layers of a model that they were not timed on before."""
+    ) -> tuple[tuple[float, float], ...]:
+        """Time kernels on those layers of a model that they were not timed on before; gives the passes' `rests`."""
+        rests: tuple[tuple[float, float], ...] = ()
         for kernel in kernels:
             have = {m.work for m in self.measurements if m.kernel == kernel.name and m.source == source}
             missing = {name: (layer, works) for name, (layer, works) in layers.items() if not have.issuperset(works)}
@@ -226,15 +258,22 @@ class _Session:
             if passes.measurements:
                 self.measurements += self._at_first_speed(passes, kernel, source)
                 self.save()
+            rests += passes.rests
+        return rests
+
+    def _add_rests(self, source: str, layout: str, rests: tuple[tuple[float, float], ...]) -> None:
+        record = self.networks[source]
+        together = {**record.rests, layout: (*record.rests.get(layout, ()), *rests)}
+        self.networks[source] = replace(record, rests=together)
 
     def _at_first_speed(self, passes: Passes, kernel: LayerKernel, source: str) -> list[Measurement]:
         if not kernel.uses_sparsity:
             return list(passes.measurements)
         first: dict[Workload, list[float]] = {}
         for m in self.measurements:
-            if m.source == source and m.kernel in (Dense(kernel.layout).name, Dense(LAYOUTS[0]).name):
-                if m.kernel == Dense(kernel.layout).name or m.work.kind == "linear":
-                    first.setdefault(m.work, []).append(m.seconds)
+            dense = Dense(LAYOUTS[0] if m.work.kind == "linear" else kernel.layout)
+            if m.source == source and m.kernel == dense.name:
+                first.setdefault(m.work, []).append(m.seconds)
         both = [work for work in passes.dense_s if work in first]
         speed = sum(sum(first[work]) for work in both) / sum(passes.dense_s[work] for work in both) if both else 1.0
         return [replace(m, seconds=m.seconds * speed) for m in passes.measurements]
@@ -250,7 +289,11 @@ class _Session:
 
     def profile(self, held_out: bool) -> DeviceProfile:
         """What is known by now."""
-        by_kernel = {kernel: [m for m in self.measurements if m.kernel == kernel.name] for kernel in self.kernels}
+        by_kernel = {
+            kernel: telling(kernel, self.measurements)
+            for kernel in self.kernels
+            if any(m.kernel == kernel.name for m in self.measurements)
+        }
         costs = {kernel.name: fitted_cost(kernel, found) for kernel, found in by_kernel.items() if found}
         others = {} if self.known is None else {n: c for n, c in self.known.costs.items() if n not in costs}
         errors = {
@@ -281,9 +324,21 @@ class _Session:
             ).save(self.path)
 
 
+def _refused(table: LayerTable) -> str:
+    """Why each layer has no kernel."""
+    reasons = []
+    for spec in table:
+        try:
+            workloads(spec)
+            reasons.append(f"{spec.name}: not called as a plain module")
+        except ValueError as error:
+            reasons.append(str(error))
+    return "; ".join(reasons)
+
+
 def _known(profile: DeviceProfile | str | Path | None, kernels: Sequence[LayerKernel]) -> DeviceProfile | None:
     if isinstance(profile, str | Path):
-        return DeviceProfile.load(profile, kernels) if Path(profile).exists() else None
+        return DeviceProfile.load(profile, (*KERNELS, *kernels)) if Path(profile).exists() else None
     return profile
 
 
@@ -301,6 +356,8 @@ def _whole(run: Callable[[], object], rounds: int, device: torch.device) -> floa
 
 @contextlib.contextmanager
 def _bar(show: bool, description: str, total: int) -> Iterator[Callable[[float], None]]:
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, disable=not show) as progress:
         task = progress.add_task(description, total=total)

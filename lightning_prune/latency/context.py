@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_prune.latency.timing import Timing, synchroniser
 
-_UNTIMED, _IN_A_ROW = 2, 3
+_UNTIMED, _IN_A_ROW = 1, 3
 """Passes with the same variants: to warm caches, and to be timed."""
 
 
@@ -33,11 +34,13 @@ class TimedLayer(nn.Module):
         self.synchronise = synchroniser(device)
         self.noted = True
         self.call = 0
+        self.pass_s = 0.0
         self.seconds: list[list[list[float]]] = [[] for _ in variants]
 
     def begin(self, active: int, *, noted: bool = True) -> None:
         """A new pass, with this variant; its times are noted or, if it only warms caches, not."""
         self.active, self.noted, self.call = active % len(self.variants), noted, 0
+        self.pass_s = 0.0
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the active variant gives."""
@@ -47,6 +50,7 @@ class TimedLayer(nn.Module):
         result = variant(*args, **kwargs)
         self.synchronise()
         seconds = time.perf_counter() - start
+        self.pass_s += seconds
         if self.noted:
             calls = self.seconds[self.active]
             if self.call == len(calls):
@@ -56,7 +60,22 @@ class TimedLayer(nn.Module):
         return result
 
 
-def timed_passes(layers: Sequence[TimedLayer], run: Callable[[], object], rounds: int) -> Iterator[Timing]:
+@dataclass(frozen=True)
+class Pass:
+    """One pass that counts.
+
+    Args:
+        number: of the variants that ran; 0 for the first ones.
+        whole: time of the pass.
+        layers_s: spent in the timed layers.
+    """
+
+    number: int
+    whole: Timing
+    layers_s: float
+
+
+def timed_passes(layers: Sequence[TimedLayer], run: Callable[[], object], rounds: int) -> Iterator[Pass]:
     """Run passes until every variant of every layer was timed `rounds` times.
 
     All layers run the variant of one number, so that the sparse ones run in a sparse network, whose weights may all
@@ -64,8 +83,9 @@ def timed_passes(layers: Sequence[TimedLayer], run: Callable[[], object], rounds
     weights in whatever cache holds them.
 
     Yields:
-        The time of each whole pass that counts.
+        Each pass that counts.
     """
+    most = max(len(layer.variants) for layer in layers)
     for turn in range(passes_of(layers, rounds) // _IN_A_ROW):
         for number in range(_UNTIMED + _IN_A_ROW):
             for layer in layers:
@@ -74,7 +94,7 @@ def timed_passes(layers: Sequence[TimedLayer], run: Callable[[], object], rounds
             run()
             thread, wall = time.thread_time() - thread, time.perf_counter() - wall
             if number >= _UNTIMED:
-                yield Timing((wall,), (thread,))
+                yield Pass(turn % most, Timing((wall,), (thread,)), sum(layer.pass_s for layer in layers))
 
 
 def passes_of(layers: Sequence[TimedLayer], rounds: int) -> int:

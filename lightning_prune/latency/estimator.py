@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_prune.granularities import Filter, Granularity, Unstructured
+from lightning_prune.granularities import NM, Filter, Granularity, Unstructured
 from lightning_prune.kernels import NCHW, expected_occupancy
 from lightning_prune.kernels.workload import runnable
-from lightning_prune.latency.curves import LIVING_KNOTS, SPARSITY_KNOTS, Curves
+from lightning_prune.latency.curves import LIVING_KNOTS, SPARSITY_KNOTS, Curves, filter_knots
 from lightning_prune.latency.fitted import FittedCost
-from lightning_prune.latency.profile import DeviceProfile, digest
+from lightning_prune.latency.profile import DeviceProfile, Producers, digest
 from lightning_prune.layers import LayerTable
 
 __all__ = ["LatencyEstimator"]
@@ -23,16 +23,20 @@ __all__ = ["LatencyEstimator"]
 _AT_ONCE = 1024
 """Candidates per step: their intermediate values stay in cache, and memory does not grow with their number."""
 
+MARGIN = 0.98
+"""A sparse kernel is taken if it needs at most this share of the dense time; less is within the noise."""
+
 Pattern = Granularity | Sequence[Granularity]
 
 
 class LatencyEstimator:
     """Estimates the time of a forward pass from what each layer lacks.
 
-        latency_s = min over layouts of (fixed_s + sum over layers of min over kernels of kernel_latency_s)
+        latency_s = min over layouts of (a + (1 + b) * sum over layers of min over kernels of kernel_latency_s)
 
-    `fixed_s` is the measured part of a pass that no kernel changes: activations, pooling, additions, normalisations
-    that could not be folded. One memory layout holds for a network, so that nothing is converted. Between knots of
+    `a + b t` is the measured part of a pass that is not spent in layers: activations, pooling, additions,
+    normalisations that could not be folded. It is faster the more the layers leave in cache, hence `b`; for a dense
+    pass it is `fixed_s`. One memory layout holds for a network, so that nothing is converted. Between knots of
     sparsity (0, 0.2, 0.4, 0.5, ... 0.99, 0.995, 1) times are linear.
 
     Zeros in a pattern help the kernels that can use it; zeros anywhere help no kernel of blocks. Where whole filters
@@ -80,7 +84,7 @@ class LatencyEstimator:
         return self.network is not None
 
     def fixed_s(self, layout: str) -> float:
-        """Seconds of a pass outside the layers: measured, or else in proportion to the outputs of calibrated networks."""
+        """Seconds of a pass outside the layers: measured, or in proportion to the outputs of calibrated networks."""
         if self.network is not None:
             return self.network.fixed_s[layout]
         known = [n for n in self.profile.networks.values() if n.output_elements and layout in n.fixed_s]
@@ -88,6 +92,14 @@ class LatencyEstimator:
             return 0.0
         outputs = sum(work.output_elements for works in self._works.values() for work in works)
         return outputs * statistics.median(n.fixed_s[layout] / n.output_elements for n in known)
+
+    def whole_s(self, layers_s: float, layout: str) -> float:
+        """Seconds of a pass whose layers take `layers_s`."""
+        rest_s, share = self._rest(layout)
+        return rest_s + (1.0 + share) * layers_s
+
+    def _rest(self, layout: str) -> tuple[float, float]:
+        return (self.fixed_s(layout), 0.0) if self.network is None else self.network.rest(layout)
 
     def latency_s(self, sparsity: Tensor, pattern: Pattern = Unstructured()) -> Tensor:  # noqa: B008
         """Estimated seconds of a pass.
@@ -109,7 +121,8 @@ class LatencyEstimator:
                 layout.curves(part[layout.rows], None if living is None else living[layout.rows])
                 .amin(dim=1)
                 .sum(dim=0)
-                .add_(layout.fixed_s)
+                .mul_(1.0 + layout.rest_share)
+                .add_(layout.rest_s)
                 for layout in compiled.layouts
             ]
             return torch.stack(totals).amin(dim=0) if len(totals) > 1 else totals[0]
@@ -138,7 +151,7 @@ class LatencyEstimator:
             for layout in compiled.layouts:
                 times = layout.curves(part[layout.rows], None if living is None else living[layout.rows])
                 times = times + layout.unusable.to(times.dtype).unsqueeze(2)
-                index = torch.tensor(layout.kernels)
+                index = torch.tensor(layout.kernels, dtype=torch.int64)
                 old = result[:, layout.rows][:, :, index]
                 result[:, layout.rows[:, None], index] = torch.minimum(old, times.permute(2, 0, 1))
             return result
@@ -146,7 +159,7 @@ class LatencyEstimator:
         return self._chunked(sparsity, compiled, seconds, (len(self.table), len(self.kernels)))
 
     def best_kernels(self, sparsity: Tensor, pattern: Pattern = Unstructured()) -> Tensor:  # noqa: B008
-        """Which kernels make up `latency_s`: indices into `kernels`, `[..., layers]`, -1 for layers of the fixed part."""
+        """Which kernels make up `latency_s`, `[..., layers]`: indices into `kernels`, -1 for layers of the rest."""
         compiled = self._compile(pattern)
 
         def best(part: Tensor, living: Tensor | None) -> Tensor:
@@ -154,9 +167,9 @@ class LatencyEstimator:
             for layout in compiled.layouts:
                 times = layout.curves(part[layout.rows], None if living is None else living[layout.rows])
                 least = (times + layout.unusable.to(times.dtype).unsqueeze(2)).min(dim=1)
-                totals.append(least.values.sum(dim=0) + layout.fixed_s)
+                totals.append(least.values.sum(dim=0) * (1.0 + layout.rest_share) + layout.rest_s)
                 choice = torch.full((part.shape[1], len(self.table)), -1)
-                choice[:, layout.rows] = torch.tensor(layout.kernels)[least.indices].t()
+                choice[:, layout.rows] = torch.tensor(layout.kernels, dtype=torch.int64)[least.indices].t()
                 choices.append(choice)
             fastest = torch.stack(totals).argmin(dim=0)
             return torch.stack(choices)[fastest, torch.arange(part.shape[1])]
@@ -224,7 +237,7 @@ class LatencyEstimator:
             place = wrong.nonzero()[0]
             raise ValueError(
                 f"sparsity of layer {self.table[int(place[-1])].name!r} is the fraction removed, in [0, 1], got "
-                f"{float(sparsity[tuple(place)])} (candidate {tuple(place[:-1].tolist())})"
+                f"{float(sparsity[tuple(place)]):.6g} (candidate {tuple(place[:-1].tolist())})"
             )
 
     def _chunked(
@@ -273,16 +286,9 @@ class LatencyEstimator:
         return self._compiled[patterns]
 
     def _curves(self, patterns: tuple[Granularity, ...]) -> _Compiled:
-        removed = {
-            spec.name
-            for spec, pattern in zip(self.table, patterns, strict=True)
-            if isinstance(pattern, Filter) and spec.name in self._works
-        }
-        inputs = {
-            name: groups
-            for name, groups in (self.network.producers.items() if self.network else ())
-            if any(removed.issuperset(layers) for _, layers in groups)
-        }
+        inputs: dict[str, Producers] = {}
+        if self.network is not None and any(not isinstance(p, Unstructured | NM) for p in patterns):
+            inputs = {name: groups for name, groups in self.network.producers.items() if name in self._works}
         rows = torch.tensor([row for row, spec in enumerate(self.table) if spec.name in self._works], dtype=torch.int64)
         layouts = []
         for layout in self.profile.layouts:
@@ -297,34 +303,52 @@ class LatencyEstimator:
             if not all(usable):
                 continue
             kernels = sorted({k for ks in usable for k in ks})
-            values = (
-                torch.stack(
+            knots = torch.stack([self._knots(row, patterns[row]) for row in rows.tolist()]) if len(rows) else None
+            values = torch.zeros(0, 1, len(SPARSITY_KNOTS), 1)
+            if knots is not None:
+                values = torch.stack(
                     [
-                        self._values(int(row), patterns[int(row)], kernels, usable[i], coupled=bool(inputs))
-                        for i, row in enumerate(rows)
+                        self._values(row, patterns[row], kernels, usable[i], coupled=bool(inputs), knots=knots[i])
+                        for i, row in enumerate(rows.tolist())
                     ]
                 )
-                if len(rows)
-                else torch.zeros(0, 1, len(SPARSITY_KNOTS), 1)
-            )
             infinite = values.isinf().all(dim=3).all(dim=2)
-            least = values.amin(dim=1, keepdim=True)
-            values = torch.where(values.isinf(), 100.0 * least, values)
+            most = values.masked_fill(values.isinf(), 0.0).amax(dim=(1, 2, 3), keepdim=True)
+            values = torch.where(values.isinf(), 2.0 * most, values)  # between finite ones, lines stay lines
             unusable = torch.where(infinite, math.inf, 0.0)
-            layouts.append(_LayoutCurves(rows, tuple(kernels), Curves(values), unusable, self.fixed_s(layout)))
+            layouts.append(_LayoutCurves(rows, tuple(kernels), Curves(values, knots), unusable, *self._rest(layout)))
+        if not layouts:
+            raise ValueError(
+                f"the device profile has in no memory layout kernels for all layers with zeros in the patterns "
+                f"{sorted({str(pattern) for pattern in patterns})}; calibrate this network with all of KERNELS"
+            )
         fixed = torch.tensor(
             [r for r, spec in enumerate(self.table) if spec.name not in self._works], dtype=torch.int64
         )
-        return _Compiled(tuple(layouts), fixed, self._livings(inputs, removed) if inputs else None)
+        return _Compiled(tuple(layouts), fixed, self._livings(inputs, patterns) if inputs else None)
+
+    def _knots(self, row: int, pattern: Granularity) -> Tensor:
+        if isinstance(pattern, Filter) and self.table[row].kind == "conv2d":
+            return filter_knots(self.table[row].weight_shape[0])
+        return torch.tensor(SPARSITY_KNOTS, dtype=torch.float64)
 
     def _values(
-        self, row: int, pattern: Granularity, kernels: Sequence[int], usable: Sequence[int], coupled: bool
+        self,
+        row: int,
+        pattern: Granularity,
+        kernels: Sequence[int],
+        usable: Sequence[int],
+        coupled: bool,
+        knots: Tensor,
     ) -> Tensor:
         """`[kernels, sparsity knots, living knots]`, infinite for those that are not usable."""
         spec = self.table[row]
+        # How many inputs are alive is known on average only: four places around it stand for its distribution.
         living = torch.tensor(LIVING_KNOTS if coupled else (1.0,), dtype=torch.float64)
-        sparsity = torch.tensor(SPARSITY_KNOTS, dtype=torch.float64)[:, None].expand(-1, len(living))
-        # At least one group and one input stay, as in any layer that still does something.
+        inputs = max(work.inputs for work in self._works[spec.name])
+        spread = (living * (1.0 - living) / inputs).sqrt()[:, None] * torch.tensor([-1.2, -0.4, 0.4, 1.2])
+        living = ((living[:, None] + spread).clamp(0.0, 1.0) * inputs).round().clamp_min(1.0) / inputs
+        sparsity = knots[:, None, None].expand(-1, *living.shape)
         left = expected_occupancy(pattern, sparsity, spec.weight_shape, living.expand_as(sparsity))
         rows = []
         for index in kernels:
@@ -343,12 +367,14 @@ class LatencyEstimator:
                     torch.zeros(sparsity.shape, dtype=torch.float64),
                 )
             )
-        times = torch.stack(rows)
-        # Without zeros no kernel beats the one that looks for none, whatever its fit may say.
+        times = torch.stack(rows).mean(dim=-1)
+        # What is hardly faster than the kernel that looks for no zeros is not faster: of several noisy estimates the
+        # least is too low. `accelerate` asks for the same margin.
         plain = [k for k, index in enumerate(kernels) if index in usable and not self._uses_sparsity(index)]
         if plain:
-            floor = times[plain, 0, -1].amin()
-            times[:, 0, -1] = times[:, 0, -1].clamp_min(floor)
+            dense = times[plain].amin(dim=0)
+            times = torch.where(times > MARGIN * dense, times.maximum(dense), times)
+            times[:, 0, -1] = times[:, 0, -1].maximum(dense[0, -1])
         return times
 
     def _uses_sparsity(self, index: int) -> bool:
@@ -356,25 +382,33 @@ class LatencyEstimator:
         return cost.kernel.uses_sparsity if isinstance(cost, FittedCost) else cost.skips != "nothing"
 
     def _livings(
-        self, inputs: dict[str, tuple[tuple[float, tuple[str, ...]], ...]], removed: set[str]
+        self, inputs: Mapping[str, Producers], patterns: tuple[Granularity, ...]
     ) -> Callable[[Tensor], Tensor]:
         """Share of living inputs of every layer: `[layers, n]` sparsities -> `[layers, n]`."""
         index = {spec.name: row for row, spec in enumerate(self.table)}
-        depthwise = {spec.name for spec in self.table if spec.groups > 1}
+        knots = torch.tensor(SPARSITY_KNOTS, dtype=torch.float64)
+        rows = torch.stack(
+            [
+                expected_occupancy(pattern, knots, spec.weight_shape).rows
+                for spec, pattern in zip(self.table, patterns, strict=True)
+            ]
+        )
+        left = Curves(rows[:, None, :, None])
+        timed = {spec.name for spec in self.table if spec.name in self._works}
 
         def living(sparsity: Tensor) -> Tensor:
             result = torch.ones_like(sparsity)
-            speaking = torch.ones_like(sparsity)
+            speaking = left(sparsity)[:, 0].clamp_(0.0, 1.0)
             for row, spec in enumerate(self.table):
                 for share, layers in inputs.get(spec.name, ()):
-                    if removed.issuperset(layers):
+                    if timed.issuperset(layers):
                         silent = torch.stack([1.0 - speaking[index[name]] for name in layers]).prod(dim=0)
                         result[row] -= share * silent
-                if spec.name in removed:
-                    speaking[row] = 1.0 - sparsity[row]
-                    if spec.name in depthwise:
-                        speaking[row] *= result[row]
-            return result
+                if spec.groups > 1:
+                    speaking[row] *= result[row]
+                else:  # an output also falls silent when every input does
+                    speaking[row] *= 1.0 - (1.0 - result[row]) ** spec.weight_shape[1]
+            return result.clamp_(0.0, 1.0)
 
         return living
 
@@ -387,7 +421,8 @@ class _LayoutCurves:
     kernels: tuple[int, ...]
     curves: Curves
     unusable: Tensor
-    fixed_s: float
+    rest_s: float
+    rest_share: float
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import nnls
 from torch import Tensor
 
 from lightning_prune.granularities import Granularity
-from lightning_prune.kernels import LayerKernel, Occupancy, Workload
+from lightning_prune.kernels import LayerKernel, Occupancy, Workload, expected_occupancy
 from lightning_prune.kernels.kernel import family
 from lightning_prune.latency.gaussian_process import GaussianProcess, Scales, tuned_scales
 from lightning_prune.latency.measurement import Measurement
@@ -36,6 +36,11 @@ class FamilyFit:
 
     coefficients: Mapping[str, float]
     scales: Scales | None
+
+    def __post_init__(self) -> None:
+        """Refuse what no fit gives."""
+        if not all(0 <= value < math.inf for value in self.coefficients.values()):
+            raise ValueError(f"coefficients are finite and not negative, got {dict(self.coefficients)}")
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -96,7 +101,7 @@ class FittedCost:
         return family(work) in self.fits
 
     def seconds(self, work: Workload, left: Occupancy, source: str | None = None) -> Tensor:
-        """Estimated seconds of a layer call, of the shape of `left.density`.
+        """Estimated seconds of a layer call, of the shape of `left.density`; infinite where a feature is.
 
         Args:
             work: the call.
@@ -108,15 +113,16 @@ class FittedCost:
         """
         fit = self.fits[family(work)]
         shape = left.density.shape
-        features = _columns(self.kernel.features(work, left), left)
+        features = columns(self.kernel.features(work, left), left)
         coefficients = np.array([fit.coefficients.get(name, 0.0) for name in self.kernel.features(work, left)])
-        x = _columns(self.kernel.coordinates(work, left), left)
-        base = np.maximum(features @ coefficients, 1e-9)
+        x = columns(self.kernel.coordinates(work, left), left)
+        possible = np.asarray(np.isfinite(features).all(axis=1))
+        base = np.maximum(np.where(possible[:, None], features, 0.0) @ coefficients, 1e-9)
         logarithm = np.log(base) + self._explained(family(work), x)
         own = self._own(work, source)
         if own:
             logarithm = logarithm + _through(*self._residuals(work, own, fit), x)
-        return torch.from_numpy(np.exp(logarithm)).reshape(shape)
+        return torch.from_numpy(np.where(possible, np.exp(logarithm), np.inf)).reshape(shape)
 
     def _own(self, work: Workload, source: str | None) -> list[Measurement]:
         own = self.by_work.get(work, [])
@@ -206,8 +212,6 @@ def summary(errors: Array, shapes: int) -> HeldOutError | None:
 
 def stacked(kernel: LayerKernel, measurements: Sequence[Measurement]) -> Occupancy:
     """What was left in several measurements of one shape, as tensors `[measurements]`."""
-    from lightning_prune.kernels import expected_occupancy
-
     return expected_occupancy(
         kernel.granularity,
         torch.tensor([m.sparsity for m in measurements], dtype=torch.float64),
@@ -227,19 +231,21 @@ def terms(
     for work, group in by_work.items():
         left = stacked(kernel, group)
         named = kernel.features(work, left)
-        columns = _columns(named, left)
+        values = columns(named, left)
         if coefficients is not None:
-            columns = columns @ np.array([coefficients.get(name, 0.0) for name in named])
-        features.append(columns)
-        coordinates.append(_columns(kernel.coordinates(work, left), left))
+            values = values @ np.array([coefficients.get(name, 0.0) for name in named])
+        features.append(values)
+        coordinates.append(columns(kernel.coordinates(work, left), left))
         seconds += [m.seconds for m in group]
-    values = np.concatenate(features)
+    together = np.concatenate(features)
     if coefficients is not None:
-        values = np.maximum(values, 1e-9)
-    return values, np.concatenate(coordinates), np.array(seconds)
+        together = np.maximum(together, 1e-9)
+    return together, np.concatenate(coordinates), np.array(seconds)
 
 
 def _fit(kernel: LayerKernel, group: Sequence[Measurement]) -> FamilyFit:
+    from scipy.optimize import nnls  # takes a while, and only those who calibrate need it
+
     features, x, seconds = terms(kernel, group)
     size = features.max(axis=0)
     size[size == 0] = 1.0
@@ -251,10 +257,12 @@ def _fit(kernel: LayerKernel, group: Sequence[Measurement]) -> FamilyFit:
     return FamilyFit(coefficients, tuned_scales(x, np.log(seconds) - np.log(base)) if enough else None)
 
 
-def _columns(named: Mapping[str, Tensor | float], left: Occupancy) -> Array:
+def columns(named: Mapping[str, Tensor | float], left: Occupancy) -> Array:
     """`[points, names]`."""
-    columns = [torch.as_tensor(value, dtype=torch.float64).expand(left.density.shape) for value in named.values()]
-    return torch.stack([column.flatten() for column in columns], dim=1).numpy()
+    stacked_values = [
+        torch.as_tensor(value, dtype=torch.float64).expand(left.density.shape) for value in named.values()
+    ]
+    return torch.stack([column.flatten() for column in stacked_values], dim=1).numpy()
 
 
 def _through(points: Array, values: Array, x: Array) -> Array:
@@ -262,4 +270,4 @@ def _through(points: Array, values: Array, x: Array) -> Array:
     distinct, index = np.unique(points.round(6), axis=0, return_inverse=True)
     means = np.bincount(index.ravel(), weights=values) / np.bincount(index.ravel())
     scales = Scales((2.0,) * points.shape[1], 1.0, 1e-9)
-    return means.mean() + GaussianProcess(distinct, means - means.mean(), scales)(x)
+    return np.asarray(means.mean() + GaussianProcess(distinct, means - means.mean(), scales)(x))

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import minimize
 
 Array = NDArray[np.float64]
 
@@ -19,7 +18,9 @@ _TUNED_ON = 300
 
 @dataclass(frozen=True)
 class Scales:
-    """What a Matérn 3/2 kernel needs: `k(x, x') = amplitude (1 + sqrt(3) r) exp(-sqrt(3) r)`, `r = |(x - x') / lengths|`.
+    """What a Matérn 3/2 kernel needs.
+
+        k(x, x') = amplitude (1 + sqrt(3) r) exp(-sqrt(3) r),   r = |(x - x') / lengths|
 
     Args:
         lengths: per coordinate, over which values stay alike.
@@ -80,6 +81,8 @@ def tuned_scales(points: Array, values: Array, iterations: int = 30) -> Scales:
         values: `[n]`.
         iterations: of L-BFGS.
     """
+    from scipy.optimize import minimize  # takes a while, and only those who calibrate need it
+
     chosen = np.random.default_rng(0).permutation(len(points))[:_TUNED_ON]
     x, y = torch.from_numpy(points[chosen]), torch.from_numpy(values[chosen])
     dims = x.shape[1]

@@ -38,7 +38,7 @@ class Machine:
 
     @classmethod
     def here(cls, device: torch.device, dtype: torch.dtype) -> Machine:
-        """This machine, as torch is set up now."""
+        """The machine at hand, as torch is set up now."""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
         versions = {"torch": torch.__version__, "lightning-prune": _version("lightning-prune")}
         return cls(device.type, name, torch.get_num_threads(), str(dtype).removeprefix("torch."), versions)

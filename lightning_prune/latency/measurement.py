@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 
 from lightning_prune.granularities import Granularity
-from lightning_prune.kernels import Occupancy, Workload, expected_occupancy
+from lightning_prune.kernels import LayerKernel, Occupancy, Workload, expected_occupancy
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,12 @@ class Measurement:
 
     def __post_init__(self) -> None:
         """Refuse numbers that no clock gives."""
-        if not (self.seconds > 0 and 0 <= self.sparsity <= 1 and 0 < self.living <= 1 and self.scatter >= 0):
+        if not (
+            0 < self.seconds < math.inf
+            and 0 <= self.sparsity <= 1
+            and 0 < self.living <= 1
+            and 0 <= self.scatter < math.inf
+        ):
             raise ValueError(f"not a measurement: {self!r}")
 
     def left(self, granularity: Granularity) -> Occupancy:
@@ -45,3 +52,12 @@ class Measurement:
             self.work.weight_shape,
             torch.tensor(self.living, dtype=torch.float64),
         )
+
+
+def telling(kernel: LayerKernel, measurements: Iterable[Measurement]) -> list[Measurement]:
+    """The measurements that say something of a kernel: its own, and of one that it amounts to without zeros."""
+    return [
+        m if m.kernel == kernel.name else replace(m, kernel=kernel.name)
+        for m in measurements
+        if m.kernel in (kernel.name, kernel.without_zeros)
+    ]

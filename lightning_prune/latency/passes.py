@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_prune.kernels import LayerKernel, Workload
-from lightning_prune.latency.context import TimedLayer, passes_of, timed_passes
+from lightning_prune.latency.context import Pass, TimedLayer, passes_of, timed_passes
 from lightning_prune.latency.machine import Machine
 from lightning_prune.latency.measurement import Measurement
 from lightning_prune.latency.timing import AGREEMENT
@@ -29,11 +29,13 @@ class Passes:
     Args:
         measurements: per layer call and variant.
         dense_s: per layer call, the least time of the dense layer in the same passes.
+        rests: per variant, seconds by which the layers, and the rest of the pass, differ from the dense pass.
         quiet: whether the process had its core to itself.
     """
 
     measurements: tuple[Measurement, ...]
     dense_s: Mapping[Workload, float]
+    rests: tuple[tuple[float, float], ...]
     quiet: bool
 
 
@@ -65,34 +67,51 @@ def measure_kernel(
     timed: dict[str, TimedLayer] = {}
     places: dict[str, tuple[Point, ...]] = {}
     for name, (layer, works) in layers.items():
-        if any(kernel.refuses(work, machine.torch_dtype, device) for work in works):
-            continue
-        places[name] = points(kernel, works[0]) if kernel.uses_sparsity else ()
-        variants = [kernel.build(pruned(layer, kernel.granularity, place, generator)) for place in places[name]]
+        variants: list[nn.Module] = []
+        if not any(kernel.refuses(work, machine.torch_dtype, device) for work in works):
+            places[name] = points(kernel, works[0]) if kernel.uses_sparsity else ()
+            variants = [kernel.build(pruned(layer, kernel.granularity, place, generator)) for place in places[name]]
         timed[name] = TimedLayer([layer, *variants], device)
-    if not timed:
+    if not places:
         advance(1.0)
-        return Passes((), {}, True)
-    wall, thread = 0.0, 0.0
+        return Passes((), {}, (), True)
+    passes: list[Pass] = []
     with torch.inference_mode(), replaced(model, timed):
         total = passes_of(list(timed.values()), rounds)
-        for pass_ in timed_passes(list(timed.values()), run, rounds):
-            wall, thread = wall + pass_.wall_s[0], thread + pass_.thread_s[0]
+        for one in timed_passes(list(timed.values()), run, rounds):
+            passes.append(one)
             advance(1.0 / total)
     measurements: list[Measurement] = []
     dense_s: dict[Workload, float] = {}
-    for name, layer in timed.items():
+    for name, where in places.items():
         works = layers[name][1]
-        variants_s = list(layer.seconds)
-        for work, times in zip(works, variants_s[0], strict=True):
+        dense, *sparse = timed[name].seconds
+        for work, times in zip(works, dense, strict=True):
             dense_s[work] = dense_s.get(work, 0.0) + min(times)
-        where = places[name] if kernel.uses_sparsity else ((0.0, 1.0),)
-        for place, calls in zip(where, variants_s[1:] or variants_s, strict=True):
+        for place, calls in zip(where or ((0.0, 1.0),), sparse or [dense], strict=True):
             for work, times in zip(works, calls, strict=True):
                 scatter = statistics.median(times) / min(times) - 1.0
                 measurements.append(Measurement(kernel.name, work, *place, min(times), scatter, source))
+    wall = sum(one.whole.wall_s[0] for one in passes)
+    thread = sum(one.whole.thread_s[0] for one in passes)
     single = machine.kind == "cpu" and machine.threads == 1
-    return Passes(tuple(measurements), dense_s, not single or wall - thread <= AGREEMENT * wall)
+    return Passes(tuple(measurements), dense_s, _rests(passes), not single or wall - thread <= AGREEMENT * wall)
+
+
+def _rests(passes: Sequence[Pass]) -> tuple[tuple[float, float], ...]:
+    """How layers' time and the rest of a pass differ from those of the dense pass, for each number of the variants."""
+    by_number: dict[int, list[Pass]] = {}
+    for one in passes:
+        by_number.setdefault(one.number, []).append(one)
+    times = {
+        number: (
+            min(one.layers_s for one in group),
+            statistics.median(one.whole.wall_s[0] - one.layers_s for one in group),
+        )
+        for number, group in by_number.items()
+    }
+    dense = times.pop(0)
+    return tuple((layers_s - dense[0], rest_s - dense[1]) for layers_s, rest_s in times.values())
 
 
 class replaced:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_prune.latency.profile import Producers
-from lightning_prune.tracing import call
+from lightning_prune.tracing import buffers_kept, call
 
 
 def producers(
@@ -30,7 +30,7 @@ def producers(
         Per layer the shares of its inputs that come from the same set of layers.
     """
     arriving: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    names = {module: name for name, module in layers.items()}
+    names: dict[nn.Module, str] = {module: name for name, module in layers.items()}
     speaking = ""
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -48,8 +48,8 @@ def producers(
     handles = [module.register_forward_pre_hook(before) for module in names]
     handles += [module.register_forward_hook(after) for module in names]
     try:
-        with torch.inference_mode():
-            for speaking in layers:
+        with buffers_kept(model), torch.inference_mode():
+            for speaking in layers:  # noqa: B007 (the hooks read it)
                 call(model, silent)
     finally:
         for handle in handles:

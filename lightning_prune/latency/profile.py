@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +17,7 @@ from lightning_prune.files import write_text
 from lightning_prune.kernels import KERNELS, LAYOUTS, LayerKernel, Workload
 from lightning_prune.latency.fitted import FamilyFit, FittedCost, HeldOutError
 from lightning_prune.latency.machine import Machine
-from lightning_prune.latency.measurement import Measurement
+from lightning_prune.latency.measurement import Measurement, telling
 from lightning_prune.latency.roofline import RooflineCost
 from lightning_prune.layers import LayerTable
 
@@ -35,8 +36,10 @@ class NetworkRecord:
     Args:
         name: for people.
         layers: weights whose layers were timed; all other work is in the fixed part.
-        fixed_s: per layout, time of a pass that is not spent in those layers.
+        fixed_s: per layout, time of a dense pass that is not spent in those layers.
         dense_s: per layout, time of a whole dense pass.
+        rests: per layout, for passes with sparse layers, seconds by which the layers, and the rest of the pass, differ
+            from the dense pass: what layers leave in cache makes the rest faster or slower.
         output_elements: numbers that the timed layers give in a pass.
         producers: per layer, where its inputs come from.
     """
@@ -46,7 +49,27 @@ class NetworkRecord:
     output_elements: int
     fixed_s: Mapping[str, float]
     dense_s: Mapping[str, float]
+    rests: Mapping[str, tuple[tuple[float, float], ...]]
     producers: Mapping[str, Producers]
+
+    def __post_init__(self) -> None:
+        """Refuse times that are none."""
+        for times in (self.fixed_s, self.dense_s):
+            if not all(0 <= seconds < math.inf for seconds in times.values()):
+                raise ValueError(f"network {self.name!r}: times are finite and not negative, got {dict(times)}")
+
+    def rest(self, layout: str) -> tuple[float, float]:
+        """The rest of a pass as `a + b t` of the time `t` of its layers, through the dense pass.
+
+        Returns:
+            `a`, seconds, and `b`, by least squares over `rests`, not below 0.
+        """
+        pairs = self.rests.get(layout, ())
+        squares = sum(layers**2 for layers, _ in pairs)
+        share = max(sum(layers * rest for layers, rest in pairs) / squares, 0.0) if squares else 0.0
+        inside = self.dense_s[layout] - self.fixed_s[layout]
+        share = min(share, self.fixed_s[layout] / inside) if inside > 0 else 0.0
+        return self.fixed_s[layout] - share * inside, share
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -61,6 +84,10 @@ class NetworkRecord:
             int(data["output_elements"]),
             {layout: float(value) for layout, value in data["fixed_s"].items()},
             {layout: float(value) for layout, value in data["dense_s"].items()},
+            {
+                layout: tuple((float(layers), float(rest)) for layers, rest in pairs)
+                for layout, pairs in data["rests"].items()
+            },
             {
                 layer: tuple((float(share), tuple(names)) for share, names in groups)
                 for layer, groups in data["producers"].items()
@@ -137,10 +164,14 @@ class DeviceProfile:
             ValueError: the file is no profile, of another schema version, cut short, or knows other kernels.
             OSError: it cannot be read.
         """
-        text = Path(path).read_text(encoding="utf-8")
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"there is no device profile at {str(path)!r}; write one with `lightning-prune calibrate`, or correct "
+                "the path"
+            ) from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"{path} is not a whole device profile: {error}; calibrate again, or copy the file again"
             ) from None
@@ -184,10 +215,11 @@ class DeviceProfile:
                 f"a device profile has schema {SCHEMA!r}, this file {schema!r}; calibrate again with this version"
             )
         measurements = tuple(
-            Measurement(kernel, Workload.from_dict(entry["work"]), *map(float, numbers), entry["source"])  # type: ignore[misc]
+            Measurement(kernel, work, float(sparsity), float(living), float(seconds), float(scatter), entry["source"])
             for entry in data["measurements"]
+            for work in (Workload.from_dict(entry["work"]),)
             for kernel, times in entry["times"].items()
-            for numbers in times
+            for sparsity, living, seconds, scatter in times
         )
         by_name = {kernel.name: kernel for kernel in kernels}
         costs: dict[str, FittedCost | RooflineCost] = {}
@@ -196,7 +228,7 @@ class DeviceProfile:
                 costs[name] = RooflineCost(**{key: value for key, value in cost.items() if key != "type"})
             elif name in by_name:
                 fits = {family: FamilyFit.from_dict(fit) for family, fit in cost["families"].items()}
-                costs[name] = FittedCost(by_name[name], fits, [m for m in measurements if m.kernel == name])
+                costs[name] = FittedCost(by_name[name], fits, telling(by_name[name], measurements))
             else:
                 raise ValueError(
                     f"it has costs of kernel {name!r}, which is none of {sorted(by_name)}; pass yours as "

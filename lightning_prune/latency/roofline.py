@@ -38,7 +38,8 @@ class RooflineCost:
         overhead_s: of each layer call, such as a launch.
         efficiency: share of the peak rate that is reached, in (0, 1].
         skips: products that are left out: "nothing", or the zeros of a pattern in `PATTERNS`.
-        stores: weights in memory: "dense", or "compressed", without zeros and with `index_bits` for each stored one.
+        stores: weights in memory: "dense", or "compressed": what is not skipped or, if nothing is, what is not zero,
+            each with `index_bits`.
         bits: of a weight and of an activation.
         index_bits: beside each stored weight.
 
@@ -87,7 +88,9 @@ class RooflineCost:
     def seconds(self, work: Workload, left: Occupancy) -> Tensor:
         """Estimated seconds of a layer call, of the shape of `left.density`."""
         share = torch.ones_like(left.density) if self.skips == "nothing" else _left_in(self.skips, left)
-        stored = torch.ones_like(left.density) if self.stores == "dense" else left.density
+        stored = torch.ones_like(left.density)
+        if self.stores == "compressed":  # what is computed is stored, zeros inside a living block too
+            stored = left.density if self.skips == "nothing" else share
         compute_s = share * work.macs / (self.efficiency * self.macs_per_s)
         index_bits = self.index_bits if self.stores == "compressed" else 0.0
         weight_bytes = stored * work.weights * (self.bits + index_bits) / 8

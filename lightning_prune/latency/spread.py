@@ -28,8 +28,9 @@ def around(works: Sequence[Workload], count: int, seed: int = 0) -> tuple[Worklo
         moved = nearest + int(torch.randint(-2, 3, (), generator=generator))
         return value if value < 4 else sizes[min(max(moved, 0), len(sizes) - 1)]
 
-    known, found = set(works), {}
-    sources = [work for work in dict.fromkeys(works)]
+    known = set(works)
+    found: dict[Workload, None] = {}
+    sources = list(dict.fromkeys(works))
     for _ in range(20 * count):
         if len(found) == count or not sources:
             break

@@ -6,6 +6,7 @@ import ctypes
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -40,6 +41,16 @@ class Timing:
     def agrees(self) -> bool:
         """Whether the best wall time is the thread's own: nothing else ran meanwhile."""
         return abs(self.best_s - self.best_thread_s) <= AGREEMENT * self.best_s
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "best_s": self.best_s,
+            "best_thread_s": self.best_thread_s,
+            "wall_and_thread_agree": self.agrees,
+            "wall_s": list(self.wall_s),
+            "thread_s": list(self.thread_s),
+        }
 
 
 def interleaved(

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_prune.granularities import Granularity
 from lightning_prune.kernels import LayerKernel, Workload
+from lightning_prune.selection import lowest
 
 Point = tuple[float, float]
 """Fraction removed, and share of the inputs that keep any weight."""
@@ -44,9 +45,8 @@ def pruned(
     protected = granularity.protected(scores)
     if protected is not None:
         scores += protected
-    kept = torch.ones(shape.numel(), dtype=weight.dtype)
-    kept[scores.flatten().argsort()[: round(sparsity * len(kept))]] = 0
-    mask = granularity.expand(kept.view(shape), weight.shape)
+    (removed,) = lowest([scores], round(sparsity * scores.numel()))
+    mask = granularity.expand((~removed).to(weight.dtype), weight.shape)
     if living < 1:
         inputs = torch.zeros(weight.shape[1], dtype=weight.dtype)
         inputs[torch.randperm(len(inputs), generator=generator)[: round(living * len(inputs))]] = 1

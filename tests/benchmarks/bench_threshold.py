@@ -21,8 +21,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from lightning_prune.latency.timing import Timing, interleaved
 from lightning_prune.selection import lowest
-from tests.benchmarks.harness import Timing, environment, interleaved, write_json
+from tests.benchmarks.harness import environment, write_json
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 OURS = "ours: abs + masks"

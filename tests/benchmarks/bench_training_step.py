@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from lightning_prune import Pruner, SparsityPlan
+from lightning_prune.latency.timing import Timing, interleaved
 from lightning_prune.targets import prunable
 from lightning_prune.zoo import MLP, CIFARResNet
-from tests.benchmarks.harness import Timing, environment, interleaved, write_json
+from tests.benchmarks.harness import environment, write_json
 
 SPARSITY = 0.9
 BATCH = 32
