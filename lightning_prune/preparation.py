@@ -123,31 +123,46 @@ def inputs_in_layout(inputs: Any, layout: str) -> Any:
     return tree_map_only(Tensor, lambda x: x.contiguous(memory_format=form) if x.ndim == 4 else x, inputs)
 
 
+class _Stand(nn.Module):
+    """Stands for a layer, and notes whether anybody asks for more than its output."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.calls, self.asked = layer, 0, False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        self.asked |= len(args) != 1 or bool(kwargs)
+        return self.layer(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            self.asked = True
+            return getattr(self.layer, name)
+
+
 def executed(model: nn.Module, inputs: Any, works: dict[str, tuple[Workload, ...]]) -> dict[str, tuple[Workload, ...]]:
     """Of the runnable layers, those that another module can stand for.
 
-    They are modules of torch's own classes, inside the model, without hooks, and called as such with one tensor.
+    They are modules of torch's own classes inside the model, under one name, without hooks, and the model does nothing
+    with them but call them with one tensor.
     """
-    candidates = {}
+    stands = {}
     for name in works:
         module = model.get_submodule(name.rpartition(".")[0])
         if type(module) in (nn.Linear, nn.Conv2d) and module is not model and plain(module):
-            candidates[name] = module
-    counts = dict.fromkeys(candidates, 0)
-    handles = []
-    for name, module in candidates.items():
-
-        def count(_: nn.Module, args: Any, name: str = name) -> None:
-            counts[name] += len(args) == 1
-
-        handles.append(module.register_forward_pre_hook(count))
+            stands[name] = _Stand(module)
     try:
+        for name, stand in stands.items():
+            put(model, name.rpartition(".")[0], stand)
         with torch.inference_mode():
             call(model, inputs)
     finally:
-        for handle in handles:
-            handle.remove()
-    return {name: works[name] for name in candidates if counts[name] == len(works[name])}
+        for name, stand in stands.items():
+            put(model, name.rpartition(".")[0], stand.layer)
+    return {name: works[name] for name, stand in stands.items() if stand.calls == len(works[name]) and not stand.asked}
 
 
 def put(model: nn.Module, name: str, module: nn.Module) -> None:

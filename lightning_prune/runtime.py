@@ -162,7 +162,8 @@ def accelerate(
         rounds: each timing is the least of so many.
 
     Returns:
-        A module for inference; `kernel_report()` says what was chosen.
+        A module for inference, for any batch size; `kernel_report()` says what was chosen. Images must have the
+        example's size where filters without weights feed padded average pooling: their constants depend on it.
 
     Raises:
         ValueError: the profile is for another machine, thread count or type; or the model does not run on the example.

@@ -92,7 +92,7 @@ class Shrunk(LayerKernel):
     """
 
     granularity = Filter()
-    points = ((0.5, 1.0), (0.0, 0.5), (0.6, 0.4), (0.85, 0.15), (1.0, 0.0))
+    points = ((0.5, 1.0), (0.25, 0.75), (0.6, 0.4), (0.85, 0.15), (1.0, 0.0))
 
     def __init__(self, layout: str = NCHW) -> None:
         if layout not in LAYOUTS:

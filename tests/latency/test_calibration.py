@@ -182,12 +182,16 @@ class Strange(nn.Module):
         self.hooked.register_forward_hook(lambda module, args, output: output + 1)
         self.functional = nn.Linear(8, 8)
         self.named = nn.Linear(8, 8)
+        self.asked = nn.Linear(8, 8)
+        self.shared = self.again = nn.Linear(8, 8)
         self.plain = nn.Linear(8, 8)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.conv(self.embedding(tokens).transpose(1, 2)).transpose(1, 2)
         x = self.hooked(self.parametrized(self.subclassed(x)))
         x = self.named(input=nn.functional.linear(x, self.functional.weight))
+        x = self.shared(self.again(x)).to(self.asked.weight.dtype)
+        x = self.asked(x)
         y: Tensor = self.plain(x)
         return y
 
