@@ -355,7 +355,13 @@ def test_errors_of_others_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
 def test_interrupt_ends_without_a_traceback() -> None:
     endless = ["--trainer.max_epochs=100000", "--trainer.callbacks=null", *ON_CPU, *QUIET]
     arguments = launch("fit", *configs("digits"), *endless)
-    with subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+
+    def listening() -> None:  # a shell that puts the tests in the background has their children ignore SIGINT
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    with subprocess.Popen(
+        arguments, env=environment(), stderr=subprocess.PIPE, text=True, preexec_fn=listening
+    ) as process:
         deadline = time.monotonic() + 60
         while not list(Path("runs").rglob("events.out*")) and time.monotonic() < deadline:
             time.sleep(0.1)
