@@ -35,8 +35,8 @@ from lightning_prune.kernels import (
 from lightning_prune.kernels.kernel import LayerKernel
 from lightning_prune.kernels.matrix import MatrixConv2d, MatrixLinear
 from lightning_prune.kernels.shrunk import ShrunkLayer
-from lightning_prune.kernels.workload import workload_of
 from lightning_prune.masks import Part, masks
+from tests.latency.profiles import workload_of
 
 
 class TestWorkload:

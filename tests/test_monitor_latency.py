@@ -16,6 +16,7 @@ from lightning_prune import layer_table as table_of
 from lightning_prune.callbacks._latency import TAGS
 from lightning_prune.latency.machine import Machine
 from lightning_prune.latency.roofline import RooflineCost
+from tests.latency.profiles import with_machine
 from tests.support import BATCHES, EPOCHS, Tiny
 from tests.test_cli import ON_CPU, build, configs
 from tests.test_monitor import END, events, hparams, pruning, run, scalars
@@ -94,7 +95,7 @@ def test_without_pruning_and_from_the_first_batch(tmp_path: Path) -> None:
 
 
 def test_another_machine_is_welcome(tmp_path: Path) -> None:
-    measured = SKIPPING.with_machine(kind="cpu", device="another CPU", threads=64)
+    measured = with_machine(SKIPPING, kind="cpu", device="another CPU", threads=64)
     run(tmp_path, [SparsityMonitor(profile=measured)], max_epochs=1)
     assert hparams(events(tmp_path))[0]["latency/threads"] == 64
 

@@ -24,7 +24,7 @@ from lightning_prune.kernels import BSR, CSR, KERNELS, Dense, LayerKernel, Shrun
 from lightning_prune.latency.variants import pruned
 from lightning_prune.runtime import AcceleratedModel, assembled
 from tests import support
-from tests.latency.profiles import Counted
+from tests.latency.profiles import Counted, with_machine
 
 PATTERNS: tuple[Granularity, ...] = (Unstructured(), Block(4, 4), Filter())
 
@@ -514,7 +514,7 @@ def test_a_module_of_a_trainer(tmp_path: Path) -> None:
 
 
 def test_profiles_of_other_machines_are_refused(profiles: dict[str, DeviceProfile], tmp_path: Path) -> None:
-    other = profiles["mlp"].with_machine(device="another")
+    other = with_machine(profiles["mlp"], device="another")
     other.save(tmp_path / "p.json")
     for given in (other, tmp_path / "p.json", str(tmp_path / "p.json")):
         with pytest.raises(ValueError, match="its device is cpu 'another'"):

@@ -6,7 +6,6 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_prune.layers import LayerCall, LayerSpec, LayerTable
@@ -209,14 +208,6 @@ def _workload(spec: LayerSpec, call: LayerCall) -> Workload:
         _two(spec.dilation),
         spec.groups,
     )
-
-
-def workload_of(layer: nn.Module, x: torch.Tensor) -> Workload:
-    """The call that a Linear or Conv2d makes on an input."""
-    from lightning_prune.layers import layer_table
-
-    (spec,) = layer_table(layer, x)
-    return workloads(spec)[0]
 
 
 def _two(values: tuple[int, ...]) -> Pair:

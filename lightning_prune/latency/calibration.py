@@ -271,21 +271,15 @@ class Session:
             return list(passes.measurements)
         first: dict[Workload, list[float]] = {}
         for m in self.measurements:
-            dense = Dense(LAYOUTS[0] if m.work.kind == "linear" else kernel.layout)
-            if m.source == source and m.kernel == dense.name:
+            if m.source == source and _is_dense(m, kernel.layout):
                 first.setdefault(m.work, []).append(m.seconds)
         both = [work for work in passes.dense_s if work in first]
         speed = sum(sum(first[work]) for work in both) / sum(passes.dense_s[work] for work in both) if both else 1.0
         return [replace(m, seconds=m.seconds * speed) for m in passes.measurements]
 
     def _dense_s(self, source: str, layout: str) -> float:
-        """Seconds of a network's layers when dense; linear layers have one time in all layouts."""
-        return sum(
-            m.seconds
-            for m in self.measurements
-            if m.source == source
-            and (m.kernel == Dense(layout).name or (m.kernel == Dense(LAYOUTS[0]).name and m.work.kind == "linear"))
-        )
+        """Seconds of a network's layers when dense."""
+        return sum(m.seconds for m in self.measurements if m.source == source and _is_dense(m, layout))
 
     def profile(self, held_out: bool) -> DeviceProfile:
         """What is known by now."""
@@ -322,6 +316,11 @@ class Session:
                 rounds=self.rounds,
                 quiet=self.quiet,
             ).save(self.path)
+
+
+def _is_dense(measurement: Measurement, layout: str) -> bool:
+    """Whether it is of a dense layer of a network in a layout; linear layers have one time in all."""
+    return measurement.kernel == Dense(LAYOUTS[0] if measurement.work.kind == "linear" else layout).name
 
 
 def _refused(table: LayerTable) -> str:

@@ -117,14 +117,7 @@ class LatencyEstimator:
         compiled = self._compile(pattern)
 
         def seconds(part: Tensor, living: Tensor | None) -> Tensor:
-            totals = [
-                layout.curves(part[layout.rows], None if living is None else living[layout.rows])
-                .amin(dim=1)
-                .sum(dim=0)
-                .mul_(1.0 + layout.rest_share)
-                .add_(layout.rest_s)
-                for layout in compiled.layouts
-            ]
+            totals = [layout.whole_s(layout.times(part, living).amin(dim=1)) for layout in compiled.layouts]
             return torch.stack(totals).amin(dim=0) if len(totals) > 1 else totals[0]
 
         return self._chunked(sparsity, compiled, seconds, ())
@@ -149,8 +142,7 @@ class LatencyEstimator:
             result = part.new_full((part.shape[1], len(self.table), len(self.kernels)), math.inf)
             result[:, compiled.fixed_rows] = 0.0
             for layout in compiled.layouts:
-                times = layout.curves(part[layout.rows], None if living is None else living[layout.rows])
-                times = times + layout.unusable.to(times.dtype).unsqueeze(2)
+                times = layout.usable_times(part, living)
                 index = torch.tensor(layout.kernels, dtype=torch.int64)
                 old = result[:, layout.rows][:, :, index]
                 result[:, layout.rows[:, None], index] = torch.minimum(old, times.permute(2, 0, 1))
@@ -165,9 +157,8 @@ class LatencyEstimator:
         def best(part: Tensor, living: Tensor | None) -> Tensor:
             totals, choices = [], []
             for layout in compiled.layouts:
-                times = layout.curves(part[layout.rows], None if living is None else living[layout.rows])
-                least = (times + layout.unusable.to(times.dtype).unsqueeze(2)).min(dim=1)
-                totals.append(least.values.sum(dim=0) * (1.0 + layout.rest_share) + layout.rest_s)
+                least = layout.usable_times(part, living).min(dim=1)
+                totals.append(layout.whole_s(least.values))
                 choice = torch.full((part.shape[1], len(self.table)), -1)
                 choice[:, layout.rows] = torch.tensor(layout.kernels, dtype=torch.int64)[least.indices].t()
                 choices.append(choice)
@@ -197,7 +188,7 @@ class LatencyEstimator:
                 continue
             usable = [k for k, name in enumerate(self.kernels) if self._fits_layout(name, spec.kind, layout)]
             least = times[:, row, usable].amin(dim=1)
-            slower = (least >= 0.98 * least[0]).nonzero().flatten()
+            slower = (least >= MARGIN * least[0]).nonzero().flatten()
             last = int(slower[-1]) if len(slower) else 0
             result[row] = grid[last + 1] if last + 1 < len(grid) else math.inf
         return result
@@ -423,6 +414,19 @@ class _LayoutCurves:
     unusable: Tensor
     rest_s: float
     rest_share: float
+
+    def times(self, sparsity: Tensor, living: Tensor | None) -> Tensor:
+        """`[all layers, n]` -> `[rows, kernels, n]`: seconds, far from the least where a kernel is not usable."""
+        return self.curves(sparsity[self.rows], None if living is None else living[self.rows])
+
+    def usable_times(self, sparsity: Tensor, living: Tensor | None) -> Tensor:
+        """The same, infinite where a kernel is not usable."""
+        times = self.times(sparsity, living)
+        return times + self.unusable.to(times.dtype).unsqueeze(2)
+
+    def whole_s(self, least: Tensor) -> Tensor:
+        """`[rows, n]` seconds of the layers -> `[n]` of the pass."""
+        return least.sum(dim=0).mul_(1.0 + self.rest_share).add_(self.rest_s)
 
 
 @dataclass(frozen=True)

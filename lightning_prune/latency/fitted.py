@@ -75,10 +75,10 @@ class FittedCost:
 
     def __init__(self, kernel: LayerKernel, fits: Mapping[str, FamilyFit], measurements: Iterable[Measurement]) -> None:
         self.kernel, self.fits = kernel, dict(fits)
-        self.by_family: dict[str, list[Measurement]] = defaultdict(list)
+        measurements = tuple(measurements)
+        self.by_family = _by_family(measurements)
         self.by_work: dict[Workload, list[Measurement]] = defaultdict(list)
         for measurement in measurements:
-            self.by_family[family(measurement.work)].append(measurement)
             self.by_work[measurement.work].append(measurement)
         self._processes: dict[str, GaussianProcess | None] = {}
 
@@ -113,8 +113,9 @@ class FittedCost:
         """
         fit = self.fits[family(work)]
         shape = left.density.shape
-        features = columns(self.kernel.features(work, left), left)
-        coefficients = np.array([fit.coefficients.get(name, 0.0) for name in self.kernel.features(work, left)])
+        named = self.kernel.features(work, left)
+        features = columns(named, left)
+        coefficients = np.array([fit.coefficients.get(name, 0.0) for name in named])
         x = columns(self.kernel.coordinates(work, left), left)
         possible = np.asarray(np.isfinite(features).all(axis=1))
         base = np.maximum(np.where(possible[:, None], features, 0.0) @ coefficients, 1e-9)
@@ -154,10 +155,9 @@ class FittedCost:
 
 def fitted_cost(kernel: LayerKernel, measurements: Sequence[Measurement]) -> FittedCost:
     """Fit a kernel's cost: coefficients by non-negative least squares on relative errors, then the scales."""
-    by_family: dict[str, list[Measurement]] = defaultdict(list)
-    for measurement in measurements:
-        by_family[family(measurement.work)].append(measurement)
-    return FittedCost(kernel, {name: _fit(kernel, group) for name, group in by_family.items()}, measurements)
+    return FittedCost(
+        kernel, {name: _fit(kernel, group) for name, group in _by_family(measurements).items()}, measurements
+    )
 
 
 @dataclass(frozen=True)
@@ -185,10 +185,7 @@ def held_out_errors(kernel: LayerKernel, measurements: Sequence[Measurement], fo
         `estimate / measured - 1`, in the order of the measurements that could be held out.
     """
     errors: list[float] = []
-    by_family: dict[str, list[Measurement]] = defaultdict(list)
-    for measurement in measurements:
-        by_family[family(measurement.work)].append(measurement)
-    for group in by_family.values():
+    for group in _by_family(measurements).values():
         shapes = sorted({m.work for m in group}, key=str)
         if len(shapes) < folds:
             continue
@@ -241,6 +238,13 @@ def terms(
     if coefficients is not None:
         together = np.maximum(together, 1e-9)
     return together, np.concatenate(coordinates), np.array(seconds)
+
+
+def _by_family(measurements: Iterable[Measurement]) -> dict[str, list[Measurement]]:
+    groups: dict[str, list[Measurement]] = defaultdict(list)
+    for measurement in measurements:
+        groups[family(measurement.work)].append(measurement)
+    return groups
 
 
 def _fit(kernel: LayerKernel, group: Sequence[Measurement]) -> FamilyFit:

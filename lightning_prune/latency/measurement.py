@@ -6,10 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import torch
-
-from lightning_prune.granularities import Granularity
-from lightning_prune.kernels import LayerKernel, Occupancy, Workload, expected_occupancy
+from lightning_prune.kernels import LayerKernel, Workload
 
 
 @dataclass(frozen=True)
@@ -43,15 +40,6 @@ class Measurement:
             and 0 <= self.scatter < math.inf
         ):
             raise ValueError(f"not a measurement: {self!r}")
-
-    def left(self, granularity: Granularity) -> Occupancy:
-        """What was left of the weight, given the pattern it was pruned in."""
-        return expected_occupancy(
-            granularity,
-            torch.tensor(self.sparsity, dtype=torch.float64),
-            self.work.weight_shape,
-            torch.tensor(self.living, dtype=torch.float64),
-        )
 
 
 def telling(kernel: LayerKernel, measurements: Iterable[Measurement]) -> list[Measurement]:

@@ -7,7 +7,7 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -243,10 +243,6 @@ class DeviceProfile:
             int(data["rounds"]),
             bool(data["quiet"]),
         )
-
-    def with_machine(self, **changes: Any) -> DeviceProfile:
-        """The same for a machine that differs in some fields."""
-        return replace(self, machine=replace(self.machine, **changes))
 
 
 def digest(table: LayerTable) -> str:

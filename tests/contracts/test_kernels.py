@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from lightning_prune import NM, Block, Unstructured, kernels
 from lightning_prune.granularities import Granularity
 from lightning_prune.kernels import LAYOUTS, LayerKernel, Workload, expected_occupancy
-from lightning_prune.kernels.workload import workload_of
 from tests.contracts.tables import KERNELS, defined
+from tests.latency.profiles import workload_of
 
 CPU = torch.device("cpu")
 Layer: TypeAlias = nn.Linear | nn.Conv2d

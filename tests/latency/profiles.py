@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_prune.kernels import BSR, CSR, LAYOUTS, Dense, LayerKernel, Occupancy, Shrunk, Workload
-from lightning_prune.kernels.workload import runnable
+from lightning_prune.kernels.workload import runnable, workloads
 from lightning_prune.latency.fitted import FamilyFit, FittedCost
 from lightning_prune.latency.machine import Machine
 from lightning_prune.latency.measurement import Measurement
@@ -122,3 +123,14 @@ class Counted(LayerKernel):
             for work in works
             for sparsity in sparsities
         ]
+
+
+def workload_of(layer: nn.Module, x: torch.Tensor) -> Workload:
+    """The call that a Linear or Conv2d makes on an input."""
+    (spec,) = layer_table(layer, x)
+    return workloads(spec)[0]
+
+
+def with_machine(profile: DeviceProfile, **changes: Any) -> DeviceProfile:
+    """The same for a machine that differs in some fields."""
+    return replace(profile, machine=replace(profile.machine, **changes))

@@ -22,7 +22,7 @@ from lightning_prune.latency.calibration import NoisyMachineWarning
 from lightning_prune.latency.passes import measure_kernel
 from lightning_prune.latency.profile import digest
 from tests import support
-from tests.latency.profiles import Counted
+from tests.latency.profiles import Counted, with_machine
 
 FEW: tuple[LayerKernel, ...] = (CSR(), Shrunk())
 
@@ -326,7 +326,7 @@ def test_other_machines_are_refused_before_any_work(tmp_path: Path, measured: li
         ({"threads": 3}, "its threads is 3, here it is 1"),
         ({"dtype": "float64"}, "its dtype is float64"),
     ):
-        other = profile.with_machine(**changes)
+        other = with_machine(profile, **changes)
         other.save(tmp_path / "p.json")
         for given in (other, tmp_path / "p.json", str(tmp_path / "p.json")):
             with pytest.raises(ValueError, match=message):

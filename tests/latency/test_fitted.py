@@ -14,7 +14,7 @@ from scipy.optimize import approx_fprime
 from lightning_prune import Unstructured
 from lightning_prune.kernels import Dense, Workload, expected_occupancy
 from lightning_prune.latency import gaussian_process
-from lightning_prune.latency.fitted import FamilyFit, FittedCost, fitted_cost, held_out_errors, summary
+from lightning_prune.latency.fitted import FamilyFit, FittedCost, fitted_cost, held_out_errors, stacked, summary
 from lightning_prune.latency.gaussian_process import GaussianProcess, Scales, tuned_scales
 from lightning_prune.latency.measurement import Measurement
 from tests.latency.profiles import Counted
@@ -214,5 +214,5 @@ class TestMeasurement:
             Measurement("dense", self.work, *wrong, "x")
 
     def test_says_what_was_left(self) -> None:
-        left = Measurement(Dense().name, self.work, 0.25, 0.5, 1.0, 0.0, "x").left(Unstructured())
+        left = stacked(Dense(), [Measurement(Dense().name, self.work, 0.25, 0.5, 1.0, 0.0, "x")])
         assert float(left.density) == 0.375

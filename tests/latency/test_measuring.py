@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from lightning_prune import Block, Filter, Unstructured
 from lightning_prune.granularities import Granularity
 from lightning_prune.kernels import BSR, CSR, KERNELS, Dense, LayerKernel, Shrunk, Workload, measured_occupancy
-from lightning_prune.kernels.workload import workload_of
 from lightning_prune.latency.context import Sequenced, TimedLayer, timed_passes
 from lightning_prune.latency.passes import replaced
 from lightning_prune.latency.spread import around
 from lightning_prune.latency.timing import Timing, interleaved, repeated
 from lightning_prune.latency.variants import points, pruned
+from tests.latency.profiles import workload_of
 
 CONV = Workload("conv2d", 2, 16, 32, (14, 14), (14, 14), (3, 3), padding=(1, 1))
 DEPTHWISE = Workload("conv2d", 2, 16, 16, (14, 14), (7, 7), (3, 3), (2, 2), (1, 1), groups=16)

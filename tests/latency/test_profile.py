@@ -19,7 +19,7 @@ from lightning_prune.latency.machine import Machine
 from lightning_prune.latency.profile import SCHEMA, digest
 from lightning_prune.latency.roofline import RooflineCost
 from lightning_prune.layers import layer_table
-from tests.latency.profiles import MACHINE, Counted, hand_made, mlp, record, residual
+from tests.latency.profiles import MACHINE, Counted, hand_made, mlp, record, residual, with_machine
 
 WORKS = tuple(Workload("linear", 4, inputs, outputs) for inputs in (16, 48, 160) for outputs in (8, 32, 200))
 
@@ -173,7 +173,7 @@ class TestMachine:
         with pytest.raises(ValueError, match=r"another machine or setting: .*calibrate on this one") as error:
             profile.require(replace(MACHINE, **changes))
         assert all(part in str(error.value) for part in both)
-        profile.with_machine(**changes).require(replace(MACHINE, **changes))
+        with_machine(profile, **changes).require(replace(MACHINE, **changes))
 
     def test_builds_and_other_libraries_do_not_matter(self) -> None:
         hand_made().require(replace(MACHINE, versions={"torch": "2.9.0+cu130", "lightning-prune": "9"}))
