@@ -151,8 +151,8 @@ def accelerate(
     BatchNorm is folded, weights that meet constant inputs are dropped, and for each memory layout every layer gets
     its fastest kernel by the profile's estimate. Kernels estimated to be within 15 % of the best are timed against each
     other in full passes, and all are without a profile. The network that is then fastest as a whole is kept: the dense
-    one, in its faster layout, wherever zeros do not pay. As with `calibrate`, this process keeps the memory that it frees
-    from here on.
+    one, in its faster layout, wherever zeros do not pay. As with `calibrate`, this process keeps the memory that it
+    frees from here on.
 
     Args:
         model: with zeros in its weights; it is not changed.
