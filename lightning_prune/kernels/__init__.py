@@ -7,6 +7,7 @@ from lightning_prune.kernels.kernel import LAYOUTS, NCHW, NHWC, LayerKernel
 from lightning_prune.kernels.occupancy import Occupancy, expected_occupancy, measured_occupancy
 from lightning_prune.kernels.semi_structured import SemiStructured
 from lightning_prune.kernels.shrunk import Shrunk
+from lightning_prune.kernels.simd import SIMD
 from lightning_prune.kernels.workload import Workload, workloads
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "LAYOUTS",
     "NCHW",
     "NHWC",
+    "SIMD",
     "Dense",
     "LayerKernel",
     "Occupancy",
@@ -30,6 +32,7 @@ __all__ = [
 KERNELS: tuple[LayerKernel, ...] = (
     Dense(NCHW),
     Dense(NHWC),
+    SIMD(),
     CSR(),
     BSR(4),
     BSR(8),

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lightning_prune import NM, Block, Unstructured, kernels
 from lightning_prune.granularities import Granularity
-from lightning_prune.kernels import LAYOUTS, LayerKernel, Workload, expected_occupancy
+from lightning_prune.kernels import LAYOUTS, SIMD, LayerKernel, Workload, expected_occupancy
 from tests.contracts.tables import KERNELS, defined
 from tests.latency.profiles import workload_of
 
@@ -46,6 +46,7 @@ def test_names_under_which_profiles_are_kept() -> None:
     assert [kernel.name for kernel in kernels.KERNELS] == [
         "dense",
         "dense-nhwc",
+        "simd",
         "csr",
         "bsr-4",
         "bsr-8",
@@ -287,6 +288,9 @@ class TestBuilt:
 
     def test_double_precision(self, kernel: LayerKernel, sample: tuple[Layer, Tensor]) -> None:
         layer, x = sample[0].double(), sample[1].double()
+        if isinstance(kernel, SIMD):
+            assert "float32, not torch.float64" in str(kernel.refuses(workload_of(layer, x), torch.float64, CPU))
+            return
         assert runs(kernel, layer, x)
         with torch.no_grad():
             assert_right(kernel.build(layer)(x), layer, x, 1e-13)

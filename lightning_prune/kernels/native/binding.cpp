@@ -1,0 +1,56 @@
+// What Python sees of the sparse kernels.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "sparse.h"
+
+namespace lightning_prune {
+namespace {
+
+using Sizes = std::vector<int64_t>;
+
+class Layer {
+ public:
+  // The order of `sizes` and `settings` is that of `Shape` and `Settings`.
+  Layer(bool linear, const Sizes& sizes, const at::Tensor& starts, const at::Tensor& taps, const at::Tensor& values,
+        const std::optional<at::Tensor>& bias, bool relu, const Sizes& settings)
+      : out_(linear ? Sizes{sizes[0], sizes[4]} : Sizes{sizes[0], sizes[4], sizes[5], sizes[6]}),
+        plan_(shape(linear, sizes),
+              {starts.const_data_ptr<int64_t>(), taps.const_data_ptr<int64_t>(), values.const_data_ptr<float>(),
+               bias ? bias->const_data_ptr<float>() : nullptr},
+              relu,
+              {settings.at(0), settings.at(1), settings.at(2), settings.at(3), settings.at(4), settings.at(5),
+               settings.at(6)}) {}
+
+  at::Tensor run(const at::Tensor& input) const {
+    const at::Tensor x = input.contiguous();
+    at::Tensor y = at::empty(out_, x.options());
+    plan_.run(x.const_data_ptr<float>(), nullptr, y.mutable_data_ptr<float>(), at::get_num_threads(),
+              [](int64_t tasks, const std::function<void(int64_t, int64_t)>& work) {
+                at::parallel_for(0, tasks, 1, work);
+              });
+    return y;
+  }
+
+ private:
+  static Shape shape(bool linear, const Sizes& s) {
+    return {linear,  s.at(0), s.at(1), s.at(2),  s.at(3),  s.at(4),  s.at(5),  s.at(6),
+            s.at(7), s.at(8), s.at(9), s.at(10), s.at(11), s.at(12), s.at(13), s.at(14)};
+  }
+  Sizes out_;
+  Plan plan_;
+};
+
+}  // namespace
+}  // namespace lightning_prune
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  using lightning_prune::Layer;
+  using lightning_prune::Sizes;
+  pybind11::class_<Layer>(module, "Layer")
+      .def(pybind11::init<bool, const Sizes&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                          const std::optional<at::Tensor>&, bool, const Sizes&>())
+      .def("run", &Layer::run, pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.attr("lanes") = lightning_prune::kWidest;
+}
