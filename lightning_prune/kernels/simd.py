@@ -61,7 +61,7 @@ class SparseLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """What the whole layer gives for `x`."""
         plan = self._plans.get(x.shape) if self.border is None else None
-        return self._slowly(x) if plan is None else plan.run(x)  # type: ignore[no-any-return]
+        return self._slowly(x) if plan is None else plan.run(x)
 
     def _slowly(self, x: Tensor) -> Tensor:
         """For inputs that have to be brought into shape, or are of a new one."""
