@@ -37,17 +37,19 @@ from lightning_prune.runtime import *
 from lightning_prune.schedules import *
 
 if TYPE_CHECKING:
+    from lightning_prune.callbacks.learning_compression import LearningCompression
     from lightning_prune.callbacks.monitor import SparsityMonitor
     from lightning_prune.callbacks.pruning import Pruning
     from lightning_prune.trainer import PruneTrainer
 
 _LAZY = {
+    "LearningCompression": "lightning_prune.callbacks.learning_compression",
     "PruneTrainer": "lightning_prune.trainer",
     "Pruning": "lightning_prune.callbacks.pruning",
     "SparsityMonitor": "lightning_prune.callbacks.monitor",
 }
 
-__all__ = ["PruneTrainer", "Pruning", "SparsityMonitor"]
+__all__ = ["LearningCompression", "PruneTrainer", "Pruning", "SparsityMonitor"]
 __all__ += criteria.__all__
 __all__ += granularities.__all__
 __all__ += kernel_report.__all__

@@ -19,7 +19,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 # Imported so that YAML may name their classes without the module: `class_path: Pruning`.
 from lightning_prune import criteria, granularities, moments, rewinding, schedules  # noqa: F401
-from lightning_prune.callbacks import monitor, pruning  # noqa: F401
+from lightning_prune.callbacks import learning_compression, monitor, pruning  # noqa: F401
 from lightning_prune.trainer import PruneTrainer
 from lightning_prune.zoo.datasets import TensorDataModule
 
@@ -33,6 +33,7 @@ Prune networks while they train, and watch it in TensorBoard.
   lightning-prune test --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt
   lightning-prune calibrate --config configs/digits.yaml    (times this machine's kernels: device.json)
   lightning-prune profile --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt    (where zeros pay, in ms)
+  lightning-prune search --config configs/digits_search.yaml    (the fastest network within an accuracy threshold)
   lightning-prune fit --trainer.callbacks.help Pruning      (its options; likewise for any other class)
 
 Later configuration files and options override earlier ones; `fit --print_config` shows the result.
@@ -91,7 +92,7 @@ class PruneCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Those of Lightning and our own; the arguments named are not options, they come from the configuration."""
-        own = {name: {"model", "datamodule"} for name in ("calibrate", "profile")}
+        own = {name: {"model", "datamodule"} for name in ("calibrate", "profile", "search")}
         return {**LightningCLI.subcommands(), **own}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
