@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -165,6 +166,7 @@ class Session:
             self.measurements = [m for m in self.measurements if m.source != source]  # of an interrupted start
         fixed_s: dict[str, float] = {}
         dense_s: dict[str, float] = {}
+        layers_s: dict[str, float] = {}
         images = any(work.kind == "conv2d" for works in prepared.works.values() for work in works)
         for dense_first in (True, False):
             for layout in LAYOUTS if images else LAYOUTS[:1]:
@@ -175,12 +177,16 @@ class Session:
                     call(model, inputs_in_layout(prepared.inputs, layout))  # converting them is part of a pass
 
                 kernels = [k for k in self.kernels if k.layout == layout and k.uses_sparsity != dense_first]
-                rests = self._measure(kernels, model, layers, run, source, bar)
+                passes = self._measure(kernels, model, layers, run, source, bar)
+                rests = tuple(rest for one in passes for rest in one.rests)
                 if not dense_first and rests:
                     self._add_rests(source, layout, rests)
                 if dense_first and not known:
                     dense_s[layout] = _whole(run, max(self.rounds, 15), torch.device(self.machine.kind))
-                    fixed_s[layout] = max(dense_s[layout] - self._dense_s(source, layout), 0.0)
+                    layers_s[layout] = self._dense_s(source, layout)
+                    most_s = max(dense_s[layout] - layers_s[layout], 0.0)
+                    rest_s = passes[0].rest_s if passes else math.nan  # measured before this calibration went on
+                    fixed_s[layout] = most_s if math.isnan(rest_s) else min(max(rest_s, 0.0), most_s)
             if dense_first and not known:
                 named = {f"{name}.weight": layer for name, layer in prepared.layers.items()}
                 self.networks[source] = NetworkRecord(
@@ -189,6 +195,7 @@ class Session:
                     sum(work.output_elements for works in prepared.works.values() for work in works),
                     {layout: fixed_s.get(layout, fixed_s[LAYOUTS[0]]) for layout in LAYOUTS},
                     {layout: dense_s.get(layout, dense_s[LAYOUTS[0]]) for layout in LAYOUTS},
+                    {layout: layers_s.get(layout, layers_s[LAYOUTS[0]]) for layout in LAYOUTS},
                     {},
                     producers(prepared.model, prepared.inputs, named),
                 )
@@ -232,9 +239,9 @@ class Session:
         run: Callable[[], Any],
         source: str,
         bar: Callable[[float], None],
-    ) -> tuple[tuple[float, float], ...]:
-        """Time kernels on those layers of a model that they were not timed on before; gives the passes' `rests`."""
-        rests: tuple[tuple[float, float], ...] = ()
+    ) -> list[Passes]:
+        """Time kernels on those layers of a model that they were not timed on before."""
+        done = []
         for kernel in kernels:
             have = {m.work for m in self.measurements if m.kernel == kernel.name and m.source == source}
             missing = {name: (layer, works) for name, (layer, works) in layers.items() if not have.issuperset(works)}
@@ -258,8 +265,8 @@ class Session:
             if passes.measurements:
                 self.measurements += self._at_first_speed(passes, kernel, source)
                 self.save()
-            rests += passes.rests
-        return rests
+            done.append(passes)
+        return done
 
     def _add_rests(self, source: str, layout: str, rests: tuple[tuple[float, float], ...]) -> None:
         record = self.networks[source]

@@ -122,6 +122,38 @@ class LatencyEstimator:
 
         return self._chunked(sparsity, compiled, seconds, ())
 
+    def layer_latency_s(self, sparsity: Tensor, pattern: Pattern = Unstructured()) -> list[tuple[Tensor, float]]:  # noqa: B008
+        """What `latency_s` is made of, per memory layout: of each layer with its fastest kernel, and of the rest.
+
+        The least over layouts of `rest_s + sum of layers` is `latency_s`, but for filters that silence later layers,
+        which these sums leave out.
+
+        Args:
+            sparsity: `[..., layers]`.
+            pattern: as for `latency_s`.
+
+        Returns:
+            For each layout seconds `[..., layers]`, 0 for layers whose time is in the rest, and seconds of the rest.
+
+        Raises:
+            ValueError: as for `latency_s`.
+        """
+        compiled = self._compile(pattern)
+
+        def seconds(layout: _LayoutCurves, part: Tensor) -> Tensor:
+            full = part.new_zeros(part.shape[1], len(self.table))
+            alive = None if compiled.livings is None else torch.ones_like(part)
+            full[:, layout.rows] = layout.times(part, alive).amin(dim=1).t() * (1.0 + layout.rest_share)
+            return full
+
+        return [
+            (
+                self._chunked(sparsity, compiled, lambda p, _, w=layout: seconds(w, p), (len(self.table),)),  # type: ignore[misc]
+                layout.rest_s,
+            )
+            for layout in compiled.layouts
+        ]
+
     def kernel_latency_s(self, sparsity: Tensor, pattern: Pattern = Unstructured()) -> Tensor:  # noqa: B008
         """Estimated seconds of each layer with each kernel.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from lightning_prune.kernels import LayerKernel, Workload
-from lightning_prune.latency.context import Pass, TimedLayer, passes_of, timed_passes
+from lightning_prune.latency.context import Pass, TimedLayer, overhead_s, passes_of, timed_passes
 from lightning_prune.latency.machine import Machine
 from lightning_prune.latency.measurement import Measurement
 from lightning_prune.latency.timing import AGREEMENT
@@ -30,12 +31,14 @@ class Passes:
         measurements: per layer call and variant.
         dense_s: per layer call, the least time of the dense layer in the same passes.
         rests: per variant, seconds by which the layers, and the rest of the pass, differ from the dense pass.
+        rest_s: what of the first variant's passes is not spent in layers: the median, the timing's own share taken off.
         quiet: whether the process had its core to itself.
     """
 
     measurements: tuple[Measurement, ...]
     dense_s: Mapping[Workload, float]
     rests: tuple[tuple[float, float], ...]
+    rest_s: float
     quiet: bool
 
 
@@ -74,7 +77,7 @@ def measure_kernel(
         timed[name] = TimedLayer([layer, *variants], device)
     if not places:
         advance(1.0)
-        return Passes((), {}, (), True)
+        return Passes((), {}, (), math.nan, True)
     passes: list[Pass] = []
     with torch.inference_mode(), replaced(model, timed):
         total = passes_of(list(timed.values()), rounds)
@@ -95,7 +98,15 @@ def measure_kernel(
     wall = sum(one.whole.wall_s[0] for one in passes)
     thread = sum(one.whole.thread_s[0] for one in passes)
     single = machine.kind == "cpu" and machine.threads == 1
-    return Passes(tuple(measurements), dense_s, _rests(passes), not single or wall - thread <= AGREEMENT * wall)
+    outside = statistics.median(one.whole.wall_s[0] - one.layers_s for one in passes if one.number == 0)
+    timings = sum(len(works) for _, works in layers.values())
+    return Passes(
+        tuple(measurements),
+        dense_s,
+        _rests(passes),
+        outside - timings * overhead_s(device),
+        not single or wall - thread <= AGREEMENT * wall,
+    )
 
 
 def _rests(passes: Sequence[Pass]) -> tuple[tuple[float, float], ...]:

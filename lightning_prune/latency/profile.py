@@ -38,6 +38,7 @@ class NetworkRecord:
         layers: weights whose layers were timed; all other work is in the fixed part.
         fixed_s: per layout, time of a dense pass that is not spent in those layers.
         dense_s: per layout, time of a whole dense pass.
+        layers_s: per layout, the least times of the dense layers, added up: less than they take in any one pass.
         rests: per layout, for passes with sparse layers, seconds by which the layers, and the rest of the pass, differ
             from the dense pass: what layers leave in cache makes the rest faster or slower.
         output_elements: numbers that the timed layers give in a pass.
@@ -49,17 +50,21 @@ class NetworkRecord:
     output_elements: int
     fixed_s: Mapping[str, float]
     dense_s: Mapping[str, float]
+    layers_s: Mapping[str, float]
     rests: Mapping[str, tuple[tuple[float, float], ...]]
     producers: Mapping[str, Producers]
 
     def __post_init__(self) -> None:
         """Refuse times that are none."""
-        for times in (self.fixed_s, self.dense_s):
+        for times in (self.fixed_s, self.dense_s, self.layers_s):
             if not all(0 <= seconds < math.inf for seconds in times.values()):
                 raise ValueError(f"network {self.name!r}: times are finite and not negative, got {dict(times)}")
 
     def rest(self, layout: str) -> tuple[float, float]:
-        """The rest of a pass as `a + b t` of the time `t` of its layers, through the dense pass.
+        """A pass as `a + (1 + b) t` of the time `t` that its layers add up to, through the dense pass.
+
+        Layers' least times do not meet in one pass: what they miss in the dense one is taken in proportion. The rest of
+        a pass grows with the layers' time as it does among `rests`.
 
         Returns:
             `a`, seconds, and `b`, by least squares over `rests`, not below 0.
@@ -69,7 +74,9 @@ class NetworkRecord:
         share = max(sum(layers * rest for layers, rest in pairs) / squares, 0.0) if squares else 0.0
         inside = self.dense_s[layout] - self.fixed_s[layout]
         share = min(share, self.fixed_s[layout] / inside) if inside > 0 else 0.0
-        return self.fixed_s[layout] - share * inside, share
+        added = self.layers_s[layout]
+        missed = (inside - added) / added if added > 0 else 0.0
+        return self.fixed_s[layout] - share * inside, share + missed + share * missed
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -84,6 +91,10 @@ class NetworkRecord:
             int(data["output_elements"]),
             {layout: float(value) for layout, value in data["fixed_s"].items()},
             {layout: float(value) for layout, value in data["dense_s"].items()},
+            {
+                layout: float(data.get("layers_s", {}).get(layout, value - data["fixed_s"][layout]))
+                for layout, value in data["dense_s"].items()
+            },
             {
                 layout: tuple((float(layers), float(rest)) for layers, rest in pairs)
                 for layout, pairs in data["rests"].items()

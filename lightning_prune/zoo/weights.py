@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.targets import plain_name
+from lightning_prune.zoo.datasets import data_folder
 
 
 def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -22,14 +23,18 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Args:
         network: Receives the weights.
-        path: File written by `torch.save`.
+        path: File written by `torch.save`; a relative path also means one in the data folder.
 
     Raises:
         ValueError: The file is no such file, or its names or shapes are not those of the network.
         FileNotFoundError: There is no file.
     """
+    if not Path(path).is_file() and (data_folder() / path).is_file():
+        path = data_folder() / path
     if not Path(path).is_file():
-        raise FileNotFoundError(f"No weights at {os.fspath(path)!r}; check the path, or drop initialize_from.")
+        raise FileNotFoundError(
+            f"No weights at {os.fspath(path)!r}, nor in {str(data_folder())!r}; check the path, or drop initialize_from."
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:

@@ -86,6 +86,7 @@ def record(model: nn.Module, example: Any, fixed_s: float = 1e-4) -> tuple[Layer
             sum(work.output_elements for calls in works.values() for work in calls),
             dict.fromkeys(LAYOUTS, fixed_s),
             dict.fromkeys(LAYOUTS, 10 * fixed_s),
+            dict.fromkeys(LAYOUTS, 10 * fixed_s - fixed_s),
             {},
             producers(model, example, layers),
         )
