@@ -1,0 +1,218 @@
+"""A dynamic programme over sums of choices that the relaxation's bound leaves, and the search that runs it.
+
+The states of a set of items are the sums (time, error) of one choice each. A state goes if another is no slower and
+no worse, if its time leaves too little for the fastest choice of the other items, or if its sum of `r` (see
+`relaxation`) is not below the best known choice's excess over the bound.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_prune.allocation.fronts import Floats, Ints
+from lightning_prune.allocation.relaxation import Problem, Relaxation, bounds_of, fill, relax
+
+_FEW = 48  # so many states cost less than sorting out the dominated ones among them
+EXACT = 1e-9  # of the error: what could be gained less is not looked for, or equal items would take for ever
+_LEAST_GRAIN = 1e-15  # of the largest error in sight: what float64 tells apart
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How far a search goes. The shares are of the error, and of how far it may be above the optimum.
+
+    Args:
+        items: how many items may leave the base, those first that do so at the least `r`.
+        width: how many states a set may have, those of the least `r`.
+        branches: at how many points the item that breaks the budget is held in turn.
+        near: the share from which on it is held so; below, one programme over all items does.
+        enough: the share from which on a choice is taken as it is.
+    """
+
+    items: int
+    width: int
+    branches: int
+    near: float
+    enough: float
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A choice of points, and what is known of it.
+
+    Args:
+        chosen: `[items]`.
+        error: weighted.
+        bound: no choice within the budget has less error, but for a share of `EXACT`.
+    """
+
+    chosen: Ints
+    error: float
+    bound: float
+
+
+def search(problem: Problem, effort: Effort, known: Ints | None = None) -> Found:
+    """The best choice that can be found with the effort; `bound` equals `error` if it is proven to be the best.
+
+    Args:
+        problem: the choices.
+        effort: how far to go.
+        known: a choice within the budget, if there is one.
+    """
+    relaxed = relax(problem)
+    chosen = fill(problem, relaxed)
+    if known is not None:
+        chosen = min(known, chosen, key=problem.error)
+    found = Found(chosen, problem.error(chosen), relaxed.bound)
+    gap = found.error - found.bound
+    if relaxed.broken is not None and gap > effort.near * abs(found.error):
+        found = _branch(problem, relaxed.broken, found, effort)
+    elif gap > effort.enough * abs(found.error):
+        chosen, complete = _improve(problem, relaxed, chosen, effort)
+        error = problem.error(chosen)
+        found = Found(chosen, error, error if complete else relaxed.bound)
+    closed = found.error - found.bound <= EXACT * abs(found.error)
+    return replace(found, bound=found.error) if closed else found
+
+
+def _branch(problem: Problem, item: int, found: Found, effort: Effort) -> Found:
+    """Holds the item that breaks the budget at one point after another, the most promising first.
+
+    A large step of one item alone leaves much of the budget, and a multiplier that fits no other item.
+    """
+    points, bounds = bounds_of(problem, item)
+    chosen, error, proven = found.chosen, found.error, np.inf
+    for rank, place in enumerate(np.argsort(bounds, kind="stable")):
+        bound = float(bounds[place])
+        if bound >= error:
+            break
+        if rank == effort.branches or error - bound <= effort.enough * abs(error):
+            proven = min(proven, bound)
+            break
+        relaxed = relax(problem, int(points[place]))
+        chosen = min(chosen, fill(problem, relaxed), key=problem.error)
+        if (error := problem.error(chosen)) - bound <= effort.enough * abs(error):
+            proven = min(proven, bound)
+            continue
+        chosen, complete = _improve(problem, relaxed, chosen, effort)
+        error = problem.error(chosen)
+        if not complete:
+            proven = min(proven, bound)
+    return Found(chosen, error, min(proven, error))
+
+
+@dataclass(frozen=True, eq=False)
+class _States:
+    """Sums of choices of some items, beyond those of the base.
+
+    Args:
+        time: `[states]`.
+        error: `[states]`.
+        parent: the state before the last item was added, `[states]`.
+        point: the last item's point, `[states]`.
+        before: the states without that item; None for those of no item.
+    """
+
+    time: Floats
+    error: Floats
+    parent: npt.NDArray[np.intp]
+    point: Ints
+    before: _States | None
+
+    @classmethod
+    def of_nothing(cls) -> _States:
+        """The empty sum."""
+        return cls(np.zeros(1), np.zeros(1), np.zeros(1, dtype=np.intp), np.zeros(1, dtype=np.int64), None)
+
+    def points(self, state: int) -> list[int]:
+        """What a state is the sum of."""
+        points, states = [], self
+        while states.before is not None:
+            points.append(int(states.point[state]))
+            state, states = int(states.parent[state]), states.before
+        return points
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """What a state must keep below: see `_improve`."""
+
+    multiplier: float
+    gap: float
+    grain: float
+    width: int
+
+    def merge(self, states: _States, points: Ints, time: Floats, error: Floats, longest: float) -> tuple[_States, bool]:
+        """The states with one more item, and whether none was left out for their number."""
+        times = (states.time[:, None] + time).ravel()
+        errors = (states.error[:, None] + error).ravel()
+        excess = errors + self.multiplier * times
+        index = ((excess < self.gap) & (times <= longest)).nonzero()[0]
+        if len(index) > _FEW:
+            index = index[_undominated(times[index], errors[index], self.grain)]
+        complete = len(index) <= self.width
+        if not complete:
+            index = index[np.argpartition(excess[index], self.width)[: self.width]]
+        parent, column = np.divmod(index, len(points))
+        return _States(times[index], errors[index], parent, points[column], states), complete
+
+
+def _undominated(time: Floats, error: Floats, grain: float) -> npt.NDArray[np.intp]:
+    """Which sums are better than all that are faster, by growing time; errors count in whole grains."""
+    order = time.argsort(kind="stable")
+    # Without grains, sums that differ only in how they were rounded would all be kept.
+    best = np.minimum.accumulate(np.floor(error[order] / grain))
+    keep = np.ones(len(order), dtype=np.bool_)
+    np.less(best[1:], best[:-1], out=keep[1:])
+    kept: npt.NDArray[np.intp] = order[keep]
+    return kept
+
+
+def _improve(problem: Problem, relaxed: Relaxation, chosen: Ints, effort: Effort) -> tuple[Ints, bool]:
+    """A better choice than the one given, if there is one among the sums looked at; and whether these were all.
+
+    Items are added to the smaller of two sets of states. In the end each state of one finds the best of the other in
+    the time that it leaves.
+    """
+    fronts = problem.fronts
+    error, time, excess = relaxed.moves(problem)
+    reached = problem.error(chosen)
+    gap = reached - relaxed.bound - EXACT / 2 * abs(reached)
+    live = np.flatnonzero(excess < gap)
+    ends = np.searchsorted(fronts.item[live], np.arange(fronts.items + 1))
+    free = np.flatnonzero(np.diff(ends) > 1)
+    if len(free) == 0:
+        return chosen, True
+    excess[relaxed.base] = np.inf
+    cheapest = np.minimum.reduceat(excess, fronts.start)[free]
+    taken = free[np.argsort(cheapest, kind="stable")][: effort.items]
+    complete = len(taken) == len(free)
+    groups = [live[ends[item] : ends[item + 1]] for item in taken]
+    fastest = [float(time[group[0]]) for group in groups]  # a front's first point has the least time
+    # Every merge may lose a grain, and the last step one more.
+    told_apart = _LEAST_GRAIN * float(np.abs(error[live]).max())
+    grain = max(EXACT / 2 * abs(reached) / (fronts.items + 1), told_apart, float(np.finfo(np.float64).tiny))
+    limits = _Limits(relaxed.multiplier, gap, grain, effort.width)
+    sides = [_States.of_nothing(), _States.of_nothing()]
+    longest = [relaxed.spare - sum(fastest)] * 2
+    for group, least in zip(groups, fastest, strict=True):
+        side = int(len(sides[1].time) < len(sides[0].time))
+        longest[side] += least
+        sides[side], whole = limits.merge(sides[side], group, time[group], error[group], longest[side])
+        complete &= whole
+    left, right = sides
+    if len(left.time) == 0 or len(right.time) == 0:  # what was left out for its number may have been all that fits
+        return chosen, complete
+    front = _undominated(right.time, right.error, grain)
+    place = np.searchsorted(right.time[front], relaxed.spare - left.time, side="right") - 1
+    total = np.where(place >= 0, left.error + right.error[front[place]], np.inf)
+    best = int(total.argmin())
+    if total[best] == np.inf:  # likewise
+        return chosen, complete
+    points = np.array(left.points(best) + right.points(int(front[place[best]])), dtype=np.int64)
+    candidate = relaxed.base.copy()
+    candidate[fronts.item[points]] = points
+    return min(chosen, candidate, key=problem.error), complete
