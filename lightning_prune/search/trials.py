@@ -1,0 +1,290 @@
+"""Running the trials of a study, one after another, beside other workers."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+
+from lightning_prune.search.claims import Terms, Verdict, evaluated, evaluating, feasible, incumbent_cost, verdict
+from lightning_prune.search.interrupts import Interrupts
+from lightning_prune.search.parameters import suggested
+from lightning_prune.search.space import Candidate, SearchSpace
+from lightning_prune.search.workers import Worker, retry_dead
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial, Trial
+
+Stopped: TypeAlias = Literal["finished", "timeout", "interrupted", "exhausted", "sampler"]
+
+DIVERGED = 1e6
+"""Drop of a network whose accuracy is no finite number: constraints and objectives have to be finite."""
+
+_PATIENCE = 100
+"""Trials in a row of which none is evaluated, until nothing new is expected."""
+
+_DECIDING_S = 10.0
+"""A worker decides within milliseconds; one that does not is dead."""
+
+_SILENCE_S = 60.0
+"""At least as long others may evaluate before they are taken for dead, where there are no heartbeats."""
+
+_FLOAT32 = float(np.finfo(np.float32).eps)
+
+
+class Run:
+    """A worker's part of a study.
+
+    Args:
+        study: that is shared.
+        space: of plans.
+        accuracy: measures a candidate.
+        terms: what the study is after.
+        mode: "max" where a higher accuracy is better.
+        worker: this one.
+        moves: see `suggested`.
+        on_trial: is called after each trial.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        space: SearchSpace,
+        accuracy: Callable[[Candidate], float],
+        terms: Terms,
+        mode: str,
+        worker: Worker,
+        moves: bool,
+        on_trial: Callable[[Study, FrozenTrial], None] | None,
+    ) -> None:
+        self.study, self.space, self.accuracy, self.terms = study, space, accuracy, terms
+        self.mode, self.worker, self.moves, self.on_trial = mode, worker, moves, on_trial
+        self._interrupts = Interrupts()
+        self._number = -1
+        self._idle = 0
+        self._collisions = 0
+        self._own_error = False
+        self._stopped: Stopped | None = None
+        self._ends_s = math.inf
+        self._show: Callable[[Sequence[FrozenTrial]], None] = lambda trials: None
+
+    def until(self, timeout_s: float | None, progress: bool, title: str) -> Stopped:
+        """Run trials until the evaluations are made, or something else ends it."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        self._ends_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        with _bar(progress, title, self.terms) as self._show, self._interrupts:
+            try:
+                retry_dead(self.study, self.worker, orphans=True)
+                self._go_on()
+                while self._stopped is None:
+                    left_s = None if timeout_s is None else max(0.0, self._ends_s - time.monotonic())
+                    try:
+                        self.study.optimize(self._objective, timeout=left_s, callbacks=[self._after])
+                    except (ValueError, UpdateFinishedTrialError):
+                        # Another worker ran this trial, or took this one for dead and runs it again.
+                        if self._own_error or not self._taken_away():
+                            raise
+                        self._go_on()
+                        continue
+                    self._stopped = self._stopped or ("timeout" if time.monotonic() >= self._ends_s else "sampler")
+                self._interrupts.check()
+            except KeyboardInterrupt:
+                self._stopped = "interrupted"
+            finally:
+                retry_dead(self.study, self.worker, own=True)
+        return self._stopped
+
+    def evaluations(self, trials: Sequence[FrozenTrial]) -> int:
+        """Made so far by all workers, the dense network's included."""
+        return 1 + len(evaluated(trials))
+
+    def _objective(self, trial: Trial) -> float | tuple[float, float]:
+        self._number, self._own_error = trial.number, False
+        # First of all, so that others can tell whether it is still run.
+        trial.set_user_attr("worker", self.worker.mark)
+        self._interrupts.check()
+        candidate = suggested(trial, self.space, self.moves)
+        if candidate is None:
+            raise self._skipped(trial, Verdict(reason="no plan meets this budget"))
+        cost = float(candidate.cost)
+        trial.set_user_attr("choices", list(candidate.choices))
+        found = self._decided(trial, candidate)
+        self._interrupts.check()
+        trial.set_user_attr("cost", cost)
+        trial.set_user_attr("plan", self.space.plan(candidate.choices).as_dict())
+        if found.evaluate:
+            trial.set_user_attr("evaluated", True)
+            value, seconds = self._measured(trial, candidate)
+            trial.set_user_attr("seconds", seconds)
+            self._idle = self._collisions = 0
+        elif found.known:
+            self._skipped(trial, found)
+            value = math.nan if found.accuracy is None else found.accuracy
+        else:
+            raise self._skipped(trial, found)
+        drop = self._drop(value)
+        trial.set_user_attr("accuracy", value if math.isfinite(value) else None)
+        trial.set_user_attr("drop", drop)
+        if self.terms.max_drop is None:
+            return cost, drop
+        trial.set_constraint("drop", drop - self.terms.max_drop)
+        return cost
+
+    def _decided(self, trial: Trial, candidate: Candidate) -> Verdict:
+        deadline_s = time.monotonic() + _DECIDING_S
+        while True:
+            trials = self.study.get_trials(deepcopy=False)
+            self._require_own(trials[trial.number])
+            found = verdict(trial.number, candidate.choices, candidate.cost, trials, self.terms)
+            if not found.waits or time.monotonic() > deadline_s:
+                return found
+            time.sleep(0.005)
+
+    def _require_own(self, trial: FrozenTrial) -> None:
+        """Leave a trial that another worker runs: without row locks, as in SQLite, two may take one off the queue."""
+        if trial.user_attrs["worker"] == self.worker.mark and "evaluated" not in trial.user_attrs:
+            return
+        while not trial.state.is_finished():
+            # Optuna will record an end of this trial as soon as the worker leaves it, which must not be too early.
+            self._interrupts.check()
+            time.sleep(0.1)
+            trial = self.study.get_trials(deepcopy=False)[trial.number]
+            mark = trial.user_attrs["worker"]
+            if mark != self.worker.mark and self.worker.knows_dead(mark):
+                break
+        raise ValueError(f"trial {trial.number} was run by another worker")
+
+    def _skipped(self, trial: Trial, found: Verdict) -> Exception:
+        from optuna import TrialPruned
+
+        trial.set_user_attr("evaluated", False)
+        trial.set_user_attr("reason", found.reason)
+        if not found.known and self.terms.max_drop is not None:
+            # Tells samplers that know constraints why a cheaper plan is needed; the drop is not known.
+            trial.set_constraint("cost", found.excess)
+        self._idle += 1
+        self._collisions = self._collisions + 1 if found.busy else 0
+        return TrialPruned(found.reason)
+
+    def _measured(self, trial: Trial, candidate: Candidate) -> tuple[float, float]:
+        began_s = time.perf_counter()
+        try:
+            with self._interrupts.at_once():
+                value = float(self.accuracy(candidate))
+        except Exception as error:
+            self._own_error = True
+            # With a reason, it is not run again: it would end in the same way.
+            trial.set_user_attr("reason", f"{type(error).__name__}: {error}"[:500])
+            raise
+        return value, time.perf_counter() - began_s
+
+    def _drop(self, value: float) -> float:
+        """How much is lost, on the threshold where float32 cannot tell the two apart."""
+        dense, limit = self.terms.dense_accuracy, self.terms.max_drop
+        if not math.isfinite(value):
+            return DIVERGED
+        drop = dense - value if self.mode == "max" else value - dense
+        near = limit is not None and abs(drop - limit) <= 2 * _FLOAT32 * max(abs(dense), abs(value))
+        return float(limit) if near and limit is not None else drop
+
+    def _after(self, study: Study, trial: FrozenTrial) -> None:
+        """Between two trials."""
+        if self.on_trial is not None:
+            self.on_trial(study, trial)
+        self._interrupts.check()
+        self._go_on()
+        if self._stopped is not None:
+            study.stop()
+
+    def _go_on(self) -> None:
+        """See to the trials of the dead, wait where others make the last evaluations, and stop where all are made."""
+        from optuna.storages import fail_stale_trials
+
+        if self._idle >= _PATIENCE:
+            self._stopped = "exhausted"
+        if self._collisions:
+            time.sleep(min(1.0, 0.02 * 2 ** min(self._collisions, 6)))
+        pause_s, since_s, last = 0.02, time.monotonic(), -1
+        while self._stopped is None:
+            trials = retry_dead(self.study, self.worker)
+            done, running = evaluated(trials), evaluating(trials)
+            self._show(trials)
+            if 1 + len(done) >= self.terms.evaluations:
+                self._stopped = "finished"
+            elif 1 + len(done) + len(running) < self.terms.evaluations:
+                return
+            if len(done) != last:
+                since_s, last = time.monotonic(), len(done)
+            longest_s = max((float(t.user_attrs.get("seconds", 0.0)) for t in done), default=0.0)
+            if self._stopped is None and time.monotonic() - since_s > max(_SILENCE_S, 10 * longest_s):
+                self._stopped = "exhausted"
+            if self._stopped is None and time.monotonic() >= self._ends_s:
+                self._stopped = "timeout"
+            if self._stopped is None:
+                self._interrupts.check()
+                time.sleep(pause_s)
+                pause_s = min(1.0, 1.5 * pause_s)
+                fail_stale_trials(self.study)
+
+    def _taken_away(self) -> bool:
+        trials = self.study.get_trials(deepcopy=False)
+        return any(t.number == self._number and t.state.is_finished() for t in trials)
+
+
+def best_trial(trials: Sequence[FrozenTrial], max_drop: float) -> FrozenTrial | None:
+    """The cheapest that is accurate enough; the more accurate of two, then the earlier."""
+    enough = [t for t in evaluated(trials) if feasible(t.user_attrs, max_drop)]
+    return min(enough, key=lambda t: (t.user_attrs["cost"], t.user_attrs["drop"], t.number), default=None)
+
+
+def nearest_trial(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
+    """The one that lost least, of those the cheapest."""
+    return min(evaluated(trials), key=lambda t: (t.user_attrs["drop"], t.user_attrs["cost"], t.number), default=None)
+
+
+def front_trials(trials: Sequence[FrozenTrial]) -> tuple[FrozenTrial, ...]:
+    """Trials of which none is both cheaper and more accurate than another, the cheapest first."""
+    finite = [t for t in evaluated(trials) if t.user_attrs["accuracy"] is not None]
+    found: list[FrozenTrial] = []
+    for trial in sorted(finite, key=lambda t: (t.user_attrs["cost"], t.user_attrs["drop"], t.number)):
+        if not found or trial.user_attrs["drop"] < found[-1].user_attrs["drop"]:
+            found.append(trial)
+    return tuple(found)
+
+
+@contextlib.contextmanager
+def _bar(show: bool, title: str, terms: Terms) -> Iterator[Callable[[Sequence[FrozenTrial]], None]]:
+    """Shows evaluations, the best cost and how many times less than dense that is."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns: tuple[Any, ...] = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[best]}"),
+    )
+    with Progress(*columns, disable=not show) as progress:
+        task = progress.add_task(title, total=terms.evaluations, best="")
+
+        def update(trials: Sequence[FrozenTrial]) -> None:
+            done = evaluated(trials)
+            cost = incumbent_cost(done, terms)
+            best = f"best {cost:.4g}, {terms.dense_cost / cost:.2f}x" if 0 < cost < terms.dense_cost else ""
+            progress.update(task, completed=1 + len(done), best=best)
+
+        yield update

@@ -1,0 +1,380 @@
+"""Several processes share one study."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from lightning_prune.search.claims import Terms, verdict
+from lightning_prune.search.space import Candidate
+from lightning_prune.search.storages import open_storage, release
+from lightning_prune.search.study import minimise
+from lightning_prune.search.trials import Run
+from lightning_prune.search.workers import RETRIES, Worker, retry_dead
+from tests.search.analytic import Network, space
+
+# One process imports everything once; workers are forked from it, not from this one, which has threads.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__])
+
+EVALUATIONS = 12
+
+
+def run_worker(storage: str, log: str, seed: int, victim: bool, begin: Any) -> None:
+    """A worker. One that is a victim never comes back from its second evaluation."""
+
+    def before(number: int, candidate: Candidate) -> None:
+        hangs = victim and number == 2
+        said = json.dumps([os.getpid(), list(candidate.choices), hangs]) + "\n"
+        descriptor = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        os.write(descriptor, said.encode())
+        os.close(descriptor)
+        time.sleep(300.0 if hangs else 0.01)
+        # The others leave the victim enough to do.
+        while not victim and number == 3 and not any(each for *_, each in lines(Path(log))):
+            time.sleep(0.01)
+
+    of = space(items=3, levels=6)
+    begin.wait()
+    minimise(
+        of,
+        Network(of, before=before),
+        metric="val_acc",
+        mode="max",
+        max_drop=1e-4,
+        dense_accuracy=0.95,
+        n_trials=EVALUATIONS,
+        # All of them propose much the same, so that they meet.
+        sampler=optuna.samplers.RandomSampler(seed=seed // 2),
+        storage=storage,
+        study_name="shared",
+        progress=False,
+    )
+
+
+def lines(log: Path) -> list[tuple[int, tuple[int, ...], bool]]:
+    if not log.exists():
+        return []
+    return [(pid, tuple(choices), hangs) for pid, choices, hangs in map(json.loads, log.read_text().splitlines())]
+
+
+def share(storage: str, folder: Path, workers: int) -> None:
+    """Workers on one study, of which the first is killed in an evaluation: nothing is lost, nothing done twice."""
+    log = folder / "log"
+    begin = PROCESSES.Barrier(workers)
+    processes = [
+        PROCESSES.Process(target=run_worker, args=(storage, str(log), seed, seed == 0, begin), daemon=True)
+        for seed in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + 60
+    while not any(hangs for *_, hangs in lines(log)):
+        assert time.monotonic() < deadline, "the victim never began its second evaluation"
+        assert processes[0].is_alive()
+        time.sleep(0.01)
+    processes[0].kill()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [-9] + [0] * (workers - 1)
+
+    opened = open_storage(storage)
+    trials = optuna.load_study(study_name="shared", storage=opened).trials
+    release(opened)
+    assert {t.state for t in trials} <= {TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL}
+    done = [t for t in trials if t.state == TrialState.COMPLETE and t.user_attrs["evaluated"]]
+    assert len(done) == EVALUATIONS - 1
+    assert len({tuple(t.user_attrs["choices"]) for t in done}) == len(done)
+    assert [t.number for t in trials] == list(range(len(trials)))
+
+    # What they wrote themselves says the same, and that all of the living took part.
+    begun = lines(log)
+    (killed,) = (choices for _, choices, hangs in begun if hangs)
+    assert Counter(choices for _, choices, _ in begun) == Counter(
+        [killed, *(tuple(t.user_attrs["choices"]) for t in done)]
+    )
+    assert len({pid for pid, *_ in begun}) == workers
+    (failed,) = (t for t in trials if t.state == TrialState.FAIL)
+    (again,) = (t for t in trials if t.user_attrs.get("retry_of") == failed.number)
+    assert tuple(again.user_attrs["choices"]) == killed
+    assert again.state == TrialState.COMPLETE
+    assert again.params == failed.params
+
+
+@pytest.mark.parametrize("name", ["study.db", "study.journal"])
+def test_two_workers_share_a_file(tmp_path: Path, name: str) -> None:
+    share(str(tmp_path / name), tmp_path, workers=2)
+
+
+@pytest.fixture(scope="module")
+def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a server, without the name of a database."""
+    pytest.importorskip("psycopg", reason="needs psycopg, the driver of PostgreSQL")
+    programs = {name: shutil.which(name) for name in ("initdb", "pg_ctl", "createdb")}
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    programs = {name: path or shutil.which(name, path=":".join(map(str, folders))) for name, path in programs.items()}
+    if not all(programs.values()):
+        pytest.skip(f"needs the programs of PostgreSQL: {sorted(name for name, path in programs.items() if not path)}")
+    user: list[str] = []
+    folder = tmp_path_factory.mktemp("postgresql")
+    if os.geteuid() == 0:  # the server refuses to run as root
+        setpriv, nobody = shutil.which("setpriv"), 65534
+        if setpriv is None:
+            pytest.skip("PostgreSQL does not run as root, and there is no setpriv")
+        # pytest's own folders are closed to other users.
+        folder = Path(subprocess.run(["mktemp", "-d"], check=True, capture_output=True, text=True).stdout.strip())
+        os.chown(folder, nobody, nobody)
+        user = [setpriv, f"--reuid={nobody}", f"--regid={nobody}", "--clear-groups"]
+
+    def run(*command: str | None) -> None:
+        subprocess.run([*user, *map(str, command)], check=True, capture_output=True, cwd=folder)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    data, options = str(folder / "data"), f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
+    run(programs["initdb"], "-D", data, "-U", "tester", "-A", "trust", "--no-sync")
+    run(programs["pg_ctl"], "-D", data, "-w", "-l", str(folder / "server.log"), "-o", options, "start")
+    try:
+        yield f"postgresql://tester@127.0.0.1:{port}"
+    finally:
+        run(programs["pg_ctl"], "-D", data, "-m", "immediate", "stop")
+        if user:
+            shutil.rmtree(folder)
+
+
+@pytest.fixture
+def database(postgresql: str, request: pytest.FixtureRequest) -> str:
+    """URL of an empty database."""
+    import psycopg
+
+    name = "search_" + "".join(filter(str.isalnum, request.node.name))
+    with psycopg.connect(f"{postgresql}/postgres", autocommit=True) as connection:
+        connection.execute(f'CREATE DATABASE "{name}"'.encode())
+    return f"{postgresql}/{name}"
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_workers_share_a_database_server(database: str, tmp_path: Path, workers: int) -> None:
+    share(database, tmp_path, workers)
+
+
+# The pieces by themselves
+
+
+def trial_like(number: int, state: TrialState, **attributes: Any) -> optuna.trial.FrozenTrial:
+    trial = optuna.trial.create_trial(state=state, value=1.0 if state == TrialState.COMPLETE else None)
+    trial.number = number
+    for name, value in attributes.items():
+        trial.set_user_attr(name, value)
+    return trial
+
+
+TERMS = Terms(evaluations=10, dense_cost=8.0, dense_accuracy=0.9, max_drop=0.01)
+RUNNING, COMPLETE = TrialState.RUNNING, TrialState.COMPLETE
+
+
+def done(number: int, choices: list[int], cost: float, drop: float) -> optuna.trial.FrozenTrial:
+    accuracy = 0.9 - drop
+    return trial_like(
+        number, COMPLETE, choices=choices, cost=cost, drop=drop, accuracy=accuracy, evaluated=True, reason=""
+    )
+
+
+def test_verdicts() -> None:
+    def of(*trials: optuna.trial.FrozenTrial, cost: float = 5.0, number: int = 5, terms: Terms = TERMS) -> Any:
+        return verdict(number, (1, 2), cost, trials, terms)
+
+    assert of().evaluate
+    assert not of().waits
+    # Known: evaluated by a finished trial, not by one that was passed over or failed.
+    known = of(done(0, [1, 2], 5.0, 0.005))
+    assert (known.evaluate, known.known, known.accuracy) == (False, True, 0.895)
+    assert of(trial_like(0, COMPLETE, choices=[1, 2], evaluated=False)).evaluate
+    assert of(trial_like(0, TrialState.FAIL, choices=[1, 2], evaluated=True)).evaluate
+    assert verdict(5, (0, 0), 8.0, [], TERMS).accuracy == 0.9
+    # Dear: not below the cheapest that is feasible, or below dense.
+    assert of(cost=8.0).reason == "a cost of 8 is not below the incumbent's 8"
+    assert of(cost=7.999).evaluate
+    assert of(done(0, [1, 1], 5.0, 0.01)).reason == "a cost of 5 is not below the incumbent's 5"
+    assert of(done(0, [1, 1], 4.0, 0.01)).excess == 0.25
+    assert of(done(0, [1, 1], 4.0, 0.011)).evaluate
+    assert of(done(0, [1, 1], 4.0, 0.0), terms=Terms(10, 8.0, 0.9, None)).evaluate
+    # Claimed: by any that evaluates already, by an earlier one that has yet to decide.
+    assert of(trial_like(9, RUNNING, choices=[1, 2], evaluated=True)).busy
+    assert of(trial_like(4, RUNNING, choices=[1, 2])).busy
+    assert of(trial_like(4, RUNNING, choices=[1, 2], evaluated=False)).evaluate
+    later = of(trial_like(6, RUNNING, choices=[1, 2]))
+    assert (later.evaluate, later.waits) == (True, True)
+    assert not of(trial_like(6, RUNNING, choices=[1, 1])).waits
+    # The evaluations are shared; the dense network took one.
+    eight = [done(n, [n], 9.0, 0.5) for n in range(100, 108)]
+    assert of(*eight).evaluate
+    assert of(*eight, done(108, [8], 9.0, 0.5)).reason == "all 10 evaluations are taken"
+    assert of(*eight, trial_like(4, RUNNING, choices=[1, 1])).busy
+    assert of(*eight, trial_like(6, RUNNING, choices=[1, 1], evaluated=True)).busy
+    assert of(*eight, trial_like(6, RUNNING, choices=[1, 1])).waits
+
+
+@pytest.mark.parametrize(("left", "same"), [(9, True), (1, False), (1, True), (2, False)])
+def test_in_no_order_of_their_steps_do_two_workers_evaluate_too_much(left: int, same: bool) -> None:
+    """Every interleaving of two workers that write their choices, read all, and write what they decided."""
+    terms = Terms(1 + left, 8.0, 0.9, 0.01)
+    wanted = {3: [1, 2], 4: [1, 2] if same else [2, 1]}
+    outcomes = set()
+
+    def follow(told: dict[int, dict[str, Any]], verdicts: dict[int, Any], depth: int) -> None:
+        moves = 0
+        for number, said in told.items():
+            if "choices" not in said:
+                follow({**told, number: {"choices": wanted[number]}}, verdicts, depth + 1)
+            elif "evaluated" in said:
+                continue
+            elif number not in verdicts or (verdicts[number].waits and depth < 9):
+                trials = [trial_like(n, RUNNING, **each) for n, each in told.items()]
+                follow(told, {**verdicts, number: verdict(number, wanted[number], 5.0, trials, terms)}, depth + 1)
+            elif not verdicts[number].waits:
+                follow({**told, number: {**said, "evaluated": verdicts[number].evaluate}}, verdicts, depth + 1)
+            moves += 1
+        if not moves:
+            outcomes.add(tuple(told[number]["evaluated"] for number in (3, 4)))
+
+    follow({3: {}, 4: {}}, {}, 0)
+    most = 1 if same else min(2, left)
+    assert outcomes
+    assert {sum(each) for each in outcomes} == {most}
+
+
+def test_whether_a_worker_lives() -> None:
+    here = Worker.here()
+    assert not here.knows_dead(here.mark)
+    assert not here.knows_dead({**here.mark, "token": "another search of this process"})
+    process = subprocess.Popen(["sleep", "60"])
+    try:
+        mark = {**here.mark, "pid": process.pid, "started": ""}
+        assert not here.knows_dead(mark)
+        # The same number, given to a process that began later.
+        if here.started:
+            assert here.knows_dead({**mark, "started": "1"})
+    finally:
+        process.kill()
+        process.wait()
+    assert here.knows_dead(mark)
+    assert not here.knows_dead({**mark, "host": "another machine"})
+    assert not here.knows_dead({**mark, "space": "another container"})
+    assert not here.knows_dead({})
+
+
+def test_trials_of_the_dead_are_queued_again_but_not_forever() -> None:
+    study = optuna.create_study()
+    process = subprocess.Popen(["true"])
+    process.wait()
+    here = Worker.here()
+    dead = {**here.mark, "pid": process.pid}
+    marks = {"dead": dead, "far": {**dead, "host": "another machine"}, "mine": here.mark}
+    for mark in marks.values():
+        trial = study.ask()
+        trial.suggest_float("budget", 0.0, 1.0)
+        trial.set_user_attr("worker", mark)
+        trial.set_user_attr("choices", [trial.number + 1, 0])
+        trial.set_user_attr("evaluated", True)
+    retry_dead(study, here)
+    retry_dead(study, here, orphans=True)
+    states = [t.state for t in study.trials]
+    assert states == [TrialState.FAIL, RUNNING, RUNNING, TrialState.WAITING]
+    again = study.ask()
+    assert again.number == 3
+    assert again.suggest_float("budget", 0.0, 1.0) == study.trials[0].params["budget"]
+    assert "choices" not in again.user_attrs
+    assert "worker" not in again.user_attrs
+    for count in range(1, RETRIES + 1):
+        assert study.trials[-1].user_attrs["retries"] == count
+        again.set_user_attr("worker", dead)
+        retry_dead(study, here)
+        again = study.ask()
+    assert "retries" not in again.user_attrs
+    retry_dead(study, here, own=True)
+    assert study.trials[2].state == TrialState.FAIL
+    assert study.trials[-1].user_attrs["retry_of"] == 2
+
+
+def test_a_trial_that_another_worker_took_off_the_queue_is_left_to_it() -> None:
+    """Without row locks two may take one; here the other signs later, and ends it while this one waits."""
+    storage = optuna.storages.InMemoryStorage()
+    other = {**Worker.here().mark, "token": "other"}
+    ends: list[threading.Timer] = []
+
+    class Racing(optuna.samplers.RandomSampler):
+        def sample_independent(self, study: Any, trial: Any, name: str, distribution: Any) -> Any:
+            if name == "budget" and not ends:
+                storage.set_trial_user_attr(trial._trial_id, "worker", other)
+                end = (trial._trial_id, COMPLETE, [1.0])
+                ends.append(threading.Timer(0.3, storage.set_trial_state_values, end))
+                ends[0].start()
+            return super().sample_independent(study, trial, name, distribution)
+
+    of = space(items=3, levels=6)
+    network = Network(of)
+    study = optuna.create_study(storage=storage)
+    terms = Terms(4, of.dense_cost, 0.95, 1e-6)
+    study.sampler = Racing(seed=0)
+    run = Run(study, of, network, terms, "max", Worker.here(), False, None)
+    assert run.until(None, False, "") == "finished"
+    assert study.trials[0].values == [1.0]
+    assert "evaluated" not in study.trials[0].user_attrs
+    assert len(network.asked) == 3
+    ends[0].join()
+
+
+def run_far_worker(storage: str, log: str) -> None:
+    """A worker that seems to be on another machine, and hangs."""
+    socket.gethostname = lambda: "far"
+    open_as_is = open_storage(storage, heartbeat_s=1)
+
+    def hang(number: int, candidate: Candidate) -> None:
+        Path(log).write_text(json.dumps([os.getpid(), list(candidate.choices), True]) + "\n")
+        time.sleep(300)
+
+    of = space(items=3, levels=6)
+    options: dict[str, Any] = {"metric": "val_acc", "mode": "max", "max_drop": 0.02, "dense_accuracy": 0.95}
+    minimise(of, Network(of, before=hang), n_trials=5, storage=open_as_is, study_name="far", progress=False, **options)
+
+
+def test_a_missed_heartbeat_is_a_death(tmp_path: Path) -> None:
+    storage, log = f"sqlite:///{tmp_path / 'study.db'}", tmp_path / "log"
+    process = PROCESSES.Process(target=run_far_worker, args=(storage, str(log)), daemon=True)
+    process.start()
+    deadline = time.monotonic() + 60
+    while not lines(log):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    opened = open_storage(storage, heartbeat_s=1)
+    of = space(items=3, levels=6)
+    network = Network(of, before=lambda number, candidate: time.sleep(0.2))
+    options: dict[str, Any] = {"metric": "val_acc", "mode": "max", "max_drop": 0.02, "dense_accuracy": 0.95}
+    outcome = minimise(of, network, n_trials=3, storage=opened, study_name="far", progress=False, **options)
+    trials = outcome.study.trials
+    release(opened)
+    assert outcome.evaluations == 3
+    assert trials[0].state == TrialState.FAIL
+    assert trials[0].user_attrs["worker"]["host"] == "far"
+    (again,) = (t for t in trials if t.user_attrs.get("retry_of") == 0)
+    assert again.state == COMPLETE
+    assert again.params == trials[0].params
+    assert lines(log)[0][1] in network.asked
