@@ -47,7 +47,7 @@ def fold_batch_norm(model: nn.Module, example_inputs: Any) -> list[str]:
     return [names[norm] for norm in pairs]
 
 
-class _Reads(TorchDispatchMode):
+class Reads(TorchDispatchMode):
     """Counts how often tensors that were announced are arguments of an operation.
 
     Operations are seen where PyTorch dispatches them, so that looking at a shape does not count.
@@ -81,7 +81,7 @@ class _Reads(TorchDispatchMode):
 
 def _pairs(model: nn.Module, example_inputs: Any) -> dict[_BatchNorm, nn.Module]:
     """The BatchNorms to fold, in execution order, and the layers that take them in."""
-    reads = _Reads()
+    reads = Reads()
     made: dict[int, list[nn.Module]] = {}
     calls: dict[nn.Module, int] = {}
     met: dict[_BatchNorm, list[Tensor]] = {}
@@ -94,7 +94,7 @@ def _pairs(model: nn.Module, example_inputs: Any) -> dict[_BatchNorm, nn.Module]
     def on_norm(norm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         met.setdefault(norm, []).append(args[0] if args else kwargs["input"])  # type: ignore[arg-type]
 
-    tied = _tied(model)
+    tied = tied_parameters(model)
     handles = []
     for module in model.modules():
         if not plain(module):
@@ -104,7 +104,7 @@ def _pairs(model: nn.Module, example_inputs: Any) -> dict[_BatchNorm, nn.Module]
             handles.append(module.register_forward_hook(on_layer))
         elif type(module) in _NORMS and module.running_mean is not None and not module.training:
             handles.append(module.register_forward_hook(on_norm, with_kwargs=True))
-    with _removed(handles):
+    with removed(handles):
         reads.note(observe(model, example_inputs, reads))
     pairs = {}
     for norm, inputs in met.items():
@@ -119,13 +119,17 @@ def _pairs(model: nn.Module, example_inputs: Any) -> dict[_BatchNorm, nn.Module]
 
 def plain(module: nn.Module) -> bool:
     """Whether a module computes what its class does from parameters of its own, and nobody listens."""
+    return all(name in module._parameters for name in ("weight", "bias")) and unwatched(module)
+
+
+def unwatched(module: nn.Module) -> bool:
+    """Whether a module runs the forward of its class and nobody listens."""
     hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-    own = all(name in module._parameters for name in ("weight", "bias"))
-    return own and "forward" not in vars(module) and not any(getattr(module, name) for name in hooks)
+    return "forward" not in vars(module) and not any(getattr(module, name) for name in hooks)
 
 
 @contextlib.contextmanager
-def _removed(handles: list[Any]) -> Iterator[None]:
+def removed(handles: list[Any]) -> Iterator[None]:
     try:
         yield
     finally:
@@ -133,7 +137,7 @@ def _removed(handles: list[Any]) -> Iterator[None]:
             handle.remove()
 
 
-def _tied(model: nn.Module) -> set[int]:
+def tied_parameters(model: nn.Module) -> set[int]:
     """The ids of parameters that several modules, or several names of one, hold."""
     seen: set[int] = set()
     twice: set[int] = set()

@@ -13,8 +13,11 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_prune.folding import fold_batch_norm, plain
 from lightning_prune.kernels import NHWC, LayerKernel, Workload
+from lightning_prune.kernels.simd import SparseLayer
 from lightning_prune.kernels.workload import runnable
 from lightning_prune.layers import LayerTable, layer_table
+from lightning_prune.pooling import pool_through_nhwc
+from lightning_prune.rectifiers import rectified_layers, skip_rectified
 from lightning_prune.silence import Border, Layer, drop_constant_inputs
 from lightning_prune.tracing import call
 
@@ -31,6 +34,7 @@ class Prepared:
         works: their calls.
         folded: names of the BatchNorms that are gone.
         borders: by module name, what constant inputs add around padded convolutions.
+        rectified: names of layers whose output is seen by nothing but a ReLU module.
     """
 
     model: nn.Module
@@ -40,6 +44,7 @@ class Prepared:
     works: Mapping[str, tuple[Workload, ...]]
     folded: tuple[str, ...]
     borders: Mapping[str, Border]
+    rectified: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Any, *, drop_constants: bool = True) -> Prepared:
@@ -62,13 +67,16 @@ class Prepared:
         layers: dict[str, Layer] = {name: prepared.get_submodule(name) for name in works}  # type: ignore[misc]
         once = {name: layer for name, layer in layers.items() if len(works[name]) == 1}
         borders = drop_constant_inputs(prepared, inputs, once) if drop_constants else {}
-        return cls(prepared, inputs, table, layers, works, tuple(folded), borders)
+        rectified = rectified_layers(prepared, inputs, once)
+        return cls(prepared, inputs, table, layers, works, tuple(folded), borders, tuple(rectified))
 
     def network(self, layout: str, kernels: Mapping[str, LayerKernel]) -> nn.Module:
         """A copy in a memory layout with kernels in the places of layers."""
         network = in_layout(self.model, layout)
         for name, kernel in kernels.items():
             put(network, name, self.built(name, kernel))
+        if any(getattr(module, "relu", False) for module in network.modules()):
+            skip_rectified(network)
         return network
 
     def built(self, name: str, kernel: LayerKernel) -> nn.Module:
@@ -77,6 +85,8 @@ class Prepared:
         built = kernel.build(layer)
         border = self.borders.get(name)
         if border is None or not isinstance(layer, nn.Conv2d):
+            if isinstance(built, SparseLayer):
+                built.relu = name in self.rectified
             return built
         return Border(built, border.weight, border.values, layer)
 
@@ -112,9 +122,12 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def in_layout(model: nn.Module, layout: str) -> nn.Module:
-    """A copy with the weights of convolutions in a layout."""
+    """A copy with the weights of convolutions in a layout, and poolings that suit it."""
     copied = copy.deepcopy(model)
-    return copied.to(memory_format=torch.channels_last) if layout == NHWC else copied
+    if layout == NHWC:
+        return copied.to(memory_format=torch.channels_last)
+    pool_through_nhwc(copied)
+    return copied
 
 
 def inputs_in_layout(inputs: Any, layout: str) -> Any:

@@ -61,6 +61,7 @@ class AcceleratedModel(nn.Module):
         self._saved = {
             "kernels": {name: kernel.name for name, kernel in kernels.items()},
             "folded": list(prepared.folded),
+            "rectified": list(prepared.rectified),
             "state": {name: tensor.detach().cpu() for name, tensor in prepared.model.state_dict().items()},
             "borders": {name: (border.weight.cpu(), border.values.cpu()) for name, border in prepared.borders.items()},
         }
@@ -128,7 +129,8 @@ class AcceleratedModel(nn.Module):
             name: Border(layers[name], weight.to(layers[name].weight), values.to(layers[name].weight), layers[name])
             for name, (weight, values) in content["borders"].items()
         }
-        prepared = Prepared(bare, None, LayerTable(()), layers, {}, tuple(content["folded"]), borders)
+        rectified = tuple(content.get("rectified", ()))
+        prepared = Prepared(bare, None, LayerTable(()), layers, {}, tuple(content["folded"]), borders, rectified)
         chosen = {name: by_name[kernel] for name, kernel in content["kernels"].items()}
         report = content["report"]
         if report is not None:

@@ -12,8 +12,9 @@ from torch.nn import functional
 from lightning_prune.kernels import native
 from lightning_prune.kernels.kernel import LayerKernel, octaves, shape_coordinates
 from lightning_prune.kernels.occupancy import Occupancy
-from lightning_prune.kernels.simd_plan import choose, least
+from lightning_prune.kernels.simd_plan import choose, least, too_wide
 from lightning_prune.kernels.workload import Workload
+from lightning_prune.rectifiers import mark_rectified
 
 _MOST_PLANS = 16
 """Shapes of inputs that a layer remembers how to run."""
@@ -24,6 +25,9 @@ class SparseLayer(nn.Module):
 
     Args:
         layer: with zeros in its weight; it is not changed.
+
+    Attributes:
+        relu: whether it rectifies its outputs, and marks them; to be set before the first call.
     """
 
     starts: Tensor
@@ -52,6 +56,7 @@ class SparseLayer(nn.Module):
         self.register_buffer("taps", taps)
         self.register_buffer("values", flat[flat != 0])
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach().clone())
+        self.relu = False
         self._plans: dict[tuple[int, ...], Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -61,7 +66,8 @@ class SparseLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """What the whole layer gives for `x`."""
         plan = self._plans.get(x.shape) if self.border is None else None
-        return self._slowly(x) if plan is None else plan.run(x)
+        y = self._slowly(x) if plan is None else plan.run(x)
+        return mark_rectified(y) if self.relu else y
 
     def _slowly(self, x: Tensor) -> Tensor:
         """For inputs that have to be brought into shape, or are of a new one."""
@@ -88,7 +94,7 @@ class SparseLayer(nn.Module):
         sizes = [work.batch, work.inputs, *work.input_size, work.outputs, *work.output_size, *work.window]
         sizes += [*work.stride, *work.padding, *work.dilation]
         plan = native.library().Layer(
-            self.linear, sizes, self.starts, self.taps, self.values, self.bias, False, settings.as_list()
+            self.linear, sizes, self.starts, self.taps, self.values, self.bias, self.relu, settings.as_list()
         )
         while len(self._plans) >= _MOST_PLANS:
             self._plans.pop(next(iter(self._plans)), None)
@@ -134,12 +140,12 @@ class SIMD(LayerKernel):
         return "simd"
 
     def refuses(self, work: Workload, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Anything but float32 on the CPU, and machines where its C++ cannot be built."""
+        """Anything but float32 on the CPU, very wide images, and machines where its C++ cannot be built."""
         if device.type != "cpu":
             return f"the SIMD kernels run on the CPU, not on {device.type} devices"
         if dtype != torch.float32:
             return f"the SIMD kernels are for float32, not {dtype}"
-        return native.unavailable()
+        return too_wide(work) or native.unavailable()
 
     def build(self, layer: nn.Linear | nn.Conv2d) -> nn.Module:
         """The layer without its zeros."""

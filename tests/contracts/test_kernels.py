@@ -368,6 +368,7 @@ def test_who_refuses_what() -> None:
     assert refused == {
         "dense": set(),
         "dense-nhwc": linear,
+        "simd": set() if kernels.native.unavailable() is None else set(SAMPLES),
         "csr": grouped,
         **{f"bsr-{size}": grouped for size in (2, 4, 8, 16, 32)},
         "shrunk": {"grouped"},

@@ -26,7 +26,7 @@ class Layer {
   at::Tensor run(const at::Tensor& input) const {
     const at::Tensor x = input.contiguous();
     at::Tensor y = at::empty(out_, x.options());
-    plan_.run(x.const_data_ptr<float>(), nullptr, y.mutable_data_ptr<float>(), at::get_num_threads(),
+    plan_.run(x.const_data_ptr<float>(), y.mutable_data_ptr<float>(), at::get_num_threads(),
               [](int64_t tasks, const std::function<void(int64_t, int64_t)>& work) {
                 at::parallel_for(0, tasks, 1, work);
               });

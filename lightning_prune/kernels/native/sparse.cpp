@@ -1,12 +1,13 @@
 #include "sparse.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <numeric>
+#include <stdexcept>
+#include <type_traits>
 
 namespace lightning_prune {
 namespace {
-
-
 
 template <int lanes>
 struct Vector {
@@ -65,33 +66,66 @@ inline void clear(float* to, int64_t size) {
   }
 }
 
-// Rows of `from` become columns of `to`.
-inline void transpose(float* to, int64_t to_stride, const float* from, int64_t from_stride, int64_t rows,
-                      int64_t columns) {
-  int64_t r = 0;
+// Rows of four numbers, `from(i)`, become four columns, `to(i)`.
+template <int rows, typename To, typename From>
+inline void transpose4(const To& to, const From& from) {
+  static_assert(rows == 4 || rows == 8);
 #if __has_builtin(__builtin_shufflevector)
-  using V = Vector<4>;
-  for (; r + 4 <= rows; r += 4) {
-    int64_t c = 0;
-    for (; c + 4 <= columns; c += 4) {
-      const float* at = from + r * from_stride + c;
-      const auto a0 = V::load(at), a1 = V::load(at + from_stride);
-      const auto a2 = V::load(at + 2 * from_stride), a3 = V::load(at + 3 * from_stride);
-      const auto b0 = __builtin_shufflevector(a0, a1, 0, 4, 1, 5), b1 = __builtin_shufflevector(a2, a3, 0, 4, 1, 5);
-      const auto b2 = __builtin_shufflevector(a0, a1, 2, 6, 3, 7), b3 = __builtin_shufflevector(a2, a3, 2, 6, 3, 7);
-      float* out = to + c * to_stride + r;
-      V::store(out, __builtin_shufflevector(b0, b1, 0, 1, 4, 5));
-      V::store(out + to_stride, __builtin_shufflevector(b0, b1, 2, 3, 6, 7));
-      V::store(out + 2 * to_stride, __builtin_shufflevector(b2, b3, 0, 1, 4, 5));
-      V::store(out + 3 * to_stride, __builtin_shufflevector(b2, b3, 2, 3, 6, 7));
-    }
-    for (; c < columns; ++c)
-      for (int64_t i = r; i < r + 4; ++i) to[c * to_stride + i] = from[i * from_stride + c];
+  using V = Vector<rows>;
+  auto load = [&](int i) {
+    if constexpr (rows == 4)
+      return V::load(from(i));
+    else
+      return __builtin_shufflevector(Vector<4>::load(from(i)), Vector<4>::load(from(i + 4)), 0, 1, 2, 3, 4, 5, 6, 7);
+  };
+  const auto a0 = load(0), a1 = load(1), a2 = load(2), a3 = load(3);
+  if constexpr (rows == 4) {
+    const auto b0 = __builtin_shufflevector(a0, a1, 0, 4, 1, 5), b1 = __builtin_shufflevector(a2, a3, 0, 4, 1, 5);
+    const auto b2 = __builtin_shufflevector(a0, a1, 2, 6, 3, 7), b3 = __builtin_shufflevector(a2, a3, 2, 6, 3, 7);
+    V::store(to(0), __builtin_shufflevector(b0, b1, 0, 1, 4, 5));
+    V::store(to(1), __builtin_shufflevector(b0, b1, 2, 3, 6, 7));
+    V::store(to(2), __builtin_shufflevector(b2, b3, 0, 1, 4, 5));
+    V::store(to(3), __builtin_shufflevector(b2, b3, 2, 3, 6, 7));
+  } else {  // two times four rows at once
+    const auto b0 = __builtin_shufflevector(a0, a1, 0, 8, 1, 9, 4, 12, 5, 13);
+    const auto b1 = __builtin_shufflevector(a2, a3, 0, 8, 1, 9, 4, 12, 5, 13);
+    const auto b2 = __builtin_shufflevector(a0, a1, 2, 10, 3, 11, 6, 14, 7, 15);
+    const auto b3 = __builtin_shufflevector(a2, a3, 2, 10, 3, 11, 6, 14, 7, 15);
+    V::store(to(0), __builtin_shufflevector(b0, b1, 0, 1, 8, 9, 4, 5, 12, 13));
+    V::store(to(1), __builtin_shufflevector(b0, b1, 2, 3, 10, 11, 6, 7, 14, 15));
+    V::store(to(2), __builtin_shufflevector(b2, b3, 0, 1, 8, 9, 4, 5, 12, 13));
+    V::store(to(3), __builtin_shufflevector(b2, b3, 2, 3, 10, 11, 6, 7, 14, 15));
   }
+#else
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < 4; ++c) to(c)[r] = from(r)[c];
 #endif
-  for (; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c) to[c * to_stride + r] = from[r * from_stride + c];
 }
+
+// Rows, of `columns` numbers, become columns, of `rows` numbers. Blocks that overlap take the place of a loop's rest.
+// `together` rows are done before the next ones, 16 to fill the cache lines of columns that compete for one place.
+template <int together, typename To, typename From>
+inline void transpose(const To& to, const From& from, int64_t rows, int64_t columns) {
+  if (rows < 4 || columns < 4) {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0; c < columns; ++c) to(c)[r] = from(r)[c];
+    return;
+  }
+  auto blocks = [&](auto height) {
+    for (int64_t i = 0; i < rows; i += together)
+      for (int64_t j = 0; j < columns; j += 4)
+        for (int64_t k = i; k < std::min(i + together, rows); k += height) {
+          const int64_t r = std::min(k, rows - height), c = std::min(j, columns - 4);
+          transpose4<height>([&](int64_t n) { return to(c + n) + r; }, [&](int64_t n) { return from(r + n) + c; });
+        }
+  };
+  if (kWidest < 8 || rows < 8)
+    blocks(std::integral_constant<int, 4>());
+  else
+    blocks(std::integral_constant<int, 8>());
+}
+
+constexpr int64_t kAhead = 4;  // channels whose input is fetched before its turn
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -99,97 +133,71 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 }  // namespace
 
 Plan::Plan(const Shape& shape, const Weights& weights, bool relu, const Settings& settings)
-    : shape_(shape), relu_(relu), settings_(settings) {
+    : shape_(shape), relu_(relu), flat_(!settings.woven), settings_(settings) {
   Shape& s = shape_;
+  const bool pointwise =
+      s.window_y * s.window_x == 1 && s.stride_y * s.stride_x == 1 && s.pad_y == 0 && s.pad_x == 0;
+  const int64_t lanes = settings.lanes;
+  const bool known = lanes == 4 || (lanes == 8 && kWidest >= 8) || (lanes == 16 && kWidest >= 16);
+  if ((!known && (lanes != 1 || !flat_)) || (flat_ && (!pointwise || settings.rows != 1 || settings.strips != 1)) ||
+      (s.linear && !flat_) || settings.rows < 1 || settings.rows > 2 || settings.columns < 1 ||
+      settings.rows * settings.columns > kMostVectors || settings.strips < 1 || settings.channels < 1 ||
+      settings.band < 1)
+    throw std::invalid_argument("these settings do not fit the layer");
   if (s.linear) {  // the rows of the batch are the pixels of one image
     s.width = s.out_width = s.batch;
     s.batch = 1;
-  }
-  flat_input_ = s.window_y * s.window_x == 1 && s.stride_y * s.stride_x == 1 && s.pad_y + s.pad_x == 0;
-  if (flat_input_ && !s.linear) {  // no pixel has neighbours
+  } else if (flat_) {  // no pixel has neighbours
     s.width = s.out_width = s.height * s.width;
     s.height = s.out_height = 1;
   }
-  std::vector<bool> alive(s.inputs, false);
-  for (int64_t i = weights.starts[0]; i < weights.starts[s.outputs]; ++i)
-    alive[weights.taps[i] / (s.window_y * s.window_x)] = true;
   lay_out();
-  cut_blocks(weights, alive);
-  cut_pieces();
+  cut_blocks(weights);
 }
 
 void Plan::lay_out() {
   const Shape& s = shape_;
-  const bool aligned = settings_.copies == 2;
-  // A stride leads to every stride-th row and column only: which of them a plane holds is its phase.
-  auto phases = [](int64_t window, int64_t dilate, int64_t stride, std::vector<int32_t>& of, int64_t& most) {
-    std::vector<int64_t> found;
-    most = 0;
-    for (int64_t i = 0; i < window; ++i) {
-      const int64_t phase = i * dilate % stride;
-      const auto at = std::find(found.begin(), found.end(), phase);
-      of.push_back(static_cast<int32_t>(at - found.begin()));
-      if (at == found.end()) found.push_back(phase);
-      most = std::max(most, i * dilate / stride);
-    }
-    return found;
-  };
-  const auto rows = phases(s.window_y, s.dilate_y, s.stride_y, plane_of_row_, row_reach_);
-  const auto columns = phases(s.window_x, s.dilate_x, s.stride_x, plane_of_column_, column_reach_);
-  const int64_t source_wide = s.out_width + column_reach_;
-  for (int64_t row : rows)
-    for (int64_t column : columns) {
-      const int64_t at = column - s.pad_x;
-      const int64_t low = std::min(source_wide, at < 0 ? ceil_div(-at, s.stride_x) : 0);
-      const int64_t high = std::max(low, std::min(source_wide, ceil_div(s.width - at, s.stride_x)));
-      sources_.push_back({row - s.pad_y, at, low, high});
-    }
-  int64_t planes = static_cast<int64_t>(sources_.size());
-  for (int32_t& row : plane_of_row_) row *= static_cast<int32_t>(aligned ? s.window_x : columns.size());
-  if (aligned) {
-    for (size_t row = 0; row < rows.size(); ++row)
-      for (int64_t x = 0; x < s.window_x; ++x)
-        planes_.push_back({static_cast<int64_t>(row * columns.size()) + plane_of_column_[x], x * s.dilate_x / s.stride_x});
-    std::iota(plane_of_column_.begin(), plane_of_column_.end(), 0);
-    planes = static_cast<int64_t>(planes_.size());
-  }
-
+  settings_.strips = std::min(settings_.strips, s.out_height);
   strip_rows_ = ceil_div(s.out_height, settings_.strips);
-  const int64_t wide = s.out_width * settings_.side;
-  pitch_ = aligned ? round_up(wide, settings_.lanes) : wide + column_reach_;
-  stage_pitch_ = source_wide + kWidest;
-  vectors_ = ceil_div((strip_rows_ - 1) * pitch_ + wide, settings_.lanes);
-  settings_.vectors = std::min(settings_.vectors, vectors_);
-  tiles_ = ceil_div(vectors_, settings_.vectors);
+  down_ = strip_rows_;
+  across_ = flat_ ? ceil_div(s.out_width, settings_.lanes) : s.out_width;
+  settings_.rows = std::min(settings_.rows, down_);
+  settings_.columns = std::min(settings_.columns, across_);
+  tiles_across_ = ceil_div(across_, settings_.columns);
+  tiles_ = tiles_across_ * ceil_div(down_, settings_.rows);
   settings_.band = std::min(settings_.band, tiles_);
-
-  plane_ = stage_rows_ = 0;
+  const int64_t reach_x = (s.window_x - 1) * s.dilate_x, reach_y = (s.window_y - 1) * s.dilate_y;
+  pitch_ = flat_ ? 0 : ((s.out_width - 1) * s.stride_x + reach_x + 1) * settings_.lanes;
+  step_ = s.stride_x * settings_.lanes;
+  skip_ = s.stride_y * pitch_;
+  // Most numbers of a channel that any band needs.
+  channel_ = 0;
   for (int64_t first = 0; first < tiles_; first += settings_.band) {
-    const Task task{0, 0, first, std::min(settings_.band, tiles_ - first), 0, 1};
-    const int64_t end = tile_start(first + task.tiles);
-    int64_t reach = end - origin(task);
-    stage_rows_ = std::max(stage_rows_, ceil_div(reach, pitch_) + row_reach_);
-    if (!flat_input_) reach = (ceil_div(reach, pitch_) + row_reach_) * pitch_;
-    plane_ = std::max(plane_, reach);
+    const Tile from = tile(first), to = tile(std::min(first + settings_.band, tiles_) - 1);
+    const int64_t rows = (to.row + to.rows - from.row - 1) * s.stride_y + reach_y + 1;
+    channel_ = std::max(channel_, flat_ ? (to.column + to.columns - from.column) * settings_.lanes : rows * pitch_);
   }
   // Whole cache lines, an odd number of them, so that channels do not compete for the same places in the caches.
-  plane_ = round_up(plane_ + column_reach_ + kWidest, 16);
-  channel_ = planes * plane_;
+  channel_ = round_up(channel_, 16);
   if (channel_ / 16 % 2 == 0) channel_ += 16;
-  settings_.channels = std::max<int64_t>(1, std::min(settings_.channels, 65536 / channel_));
+  if (channel_ > kMostNumbers) throw std::invalid_argument("a band is too large for offsets of 16 bits");
+  settings_.channels = std::min(settings_.channels, kMostNumbers / channel_);
 }
 
-int64_t Plan::origin(const Task& task) const {
-  const int64_t start = tile_start(task.first_tile);
-  return flat_input_ ? start : start / pitch_ * pitch_;
+Plan::Tile Plan::tile(int64_t index) const {
+  const int64_t i = index / tiles_across_, j = index % tiles_across_, row = i * settings_.rows;
+  const int64_t column = j * across_ / tiles_across_;
+  return {row, std::min(settings_.rows, down_ - row), column, (j + 1) * across_ / tiles_across_ - column};
 }
 
-void Plan::cut_blocks(const Weights& weights, const std::vector<bool>& alive) {
+void Plan::cut_blocks(const Weights& weights) {
   const Shape& s = shape_;
   const int64_t window = s.window_y * s.window_x;
   bias_.assign(s.outputs, 0.0f);
   if (weights.bias) std::copy(weights.bias, weights.bias + s.outputs, bias_.begin());
 
+  std::vector<bool> alive(s.inputs, false);
+  for (int64_t i = weights.starts[0]; i < weights.starts[s.outputs]; ++i) alive[weights.taps[i] / window] = true;
   std::vector<int32_t> block_of(s.inputs, 0), place(s.inputs, 0);
   blocks_.emplace_back();
   for (int64_t c = 0; c < s.inputs; ++c) {
@@ -201,26 +209,26 @@ void Plan::cut_blocks(const Weights& weights, const std::vector<bool>& alive) {
   }
 
   // Filters are dealt out by how much they do: threads that take every n-th share have the same to do.
-  std::vector<int32_t> order(s.outputs), share(s.outputs);
+  std::vector<int32_t> order(s.outputs);
+  share_.resize(s.outputs);
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](int32_t x, int32_t y) {
     return weights.starts[x + 1] - weights.starts[x] < weights.starts[y + 1] - weights.starts[y];
   });
-  for (int64_t i = 0; i < s.outputs; ++i) share[order[i]] = static_cast<int32_t>(i);
+  for (int64_t i = 0; i < s.outputs; ++i) share_[order[i]] = static_cast<int32_t>(i);
 
   // Each block's filters, those with equally many weights together: the processor then foresees the loops' ends.
   std::vector<std::vector<Filter>> cut(blocks_.size());
   for (int64_t o = 0; o < s.outputs; ++o) {
     int64_t i = weights.starts[o];
     const int64_t end = weights.starts[o + 1];
-    if (i == end) cut[0].push_back({static_cast<int32_t>(o), static_cast<int32_t>(i), 0, share[o], true, true});
+    if (i == end) cut[0].push_back({static_cast<int32_t>(o), static_cast<int32_t>(i), 0, true, true});
     for (bool first = true; i < end; first = false) {
       const int32_t block = block_of[weights.taps[i] / window];
       int64_t j = i;
       while (j < end && block_of[weights.taps[j] / window] == block) ++j;
       cut[block].push_back(
-          {static_cast<int32_t>(o), static_cast<int32_t>(i), static_cast<int32_t>(j - i), share[o], first,
-           j == end});
+          {static_cast<int32_t>(o), static_cast<int32_t>(i), static_cast<int32_t>(j - i), first, j == end});
       i = j;
     }
   }
@@ -233,270 +241,258 @@ void Plan::cut_blocks(const Weights& weights, const std::vector<bool>& alive) {
       filter.begin = static_cast<int32_t>(values_.size());
       for (int64_t i = begin; i < begin + filter.count; ++i) {
         const int64_t tap = weights.taps[i], y = tap % window / s.window_x, x = tap % s.window_x;
-        const int64_t column = settings_.copies == 2 ? 0 : x * s.dilate_x / s.stride_x;
-        const int64_t plane = plane_of_row_[y] + plane_of_column_[x];
         values_.push_back(weights.values[i]);
-        offsets_.push_back(static_cast<uint16_t>(place[tap / window] * channel_ + plane * plane_ +
-                                                 y * s.dilate_y / s.stride_y * pitch_ + column));
+        const int64_t offset =
+            place[tap / window] * channel_ + y * s.dilate_y * pitch_ + x * s.dilate_x * settings_.lanes;
+        offsets_.push_back(static_cast<uint16_t>(offset / 2));  // all of them are even
       }
       blocks_[b].filters.push_back(filter);
     }
   }
 }
 
-void Plan::cut_pieces() {
-  const Shape& s = shape_;
-  pieces_.resize(tiles_);
-  for (int64_t t = 0; t < tiles_; ++t) {
-    const int64_t start = tile_start(t), end = tile_start(t + 1);
-    for (int64_t strip = 0; strip < settings_.side; ++strip)
-      for (int64_t row = start / pitch_; row < strip_rows_ && row * pitch_ < end; ++row) {
-        const int64_t at = row * pitch_ + strip * s.out_width, image = strip / settings_.strips;
-        const int64_t out_row = strip % settings_.strips * strip_rows_ + row;
-        if (out_row >= s.out_height) break;
-        const int64_t from = std::max(start, at), to = std::min(end, at + s.out_width);
-        if (from >= to) continue;
-        pieces_[t].push_back({static_cast<int32_t>(from - start), static_cast<int32_t>(to - from),
-                              static_cast<int32_t>(strip),
-                              (image * s.outputs * s.out_height + out_row) * s.out_width + from - at});
-      }
-  }
-}
-
-// Inputs whose pixels have no neighbours: the positions of a band, whatever rows they are in.
+// The positions of a band, side by side.
 void Plan::pack_flat(const float* input, const Task& task, const Block& block, float* panel) const {
   const Shape& s = shape_;
-  const int64_t start = origin(task), end = tile_start(task.first_tile + task.tiles);
+  const Tile last = tile(task.first_tile + task.tiles - 1);
+  const int64_t start = tile(task.first_tile).column * settings_.lanes;
+  const int64_t size = std::min((last.column + last.columns) * settings_.lanes, s.width) - start;
   const int64_t channels = static_cast<int64_t>(block.channels.size());
-  if (s.linear) {
-    const int64_t rows = std::min(end, s.width) - start;
-    for (int64_t c = 0, run; c < channels; c += run) {
-      for (run = 1; c + run < channels && block.channels[c + run] == block.channels[c] + run;) ++run;
-      transpose(panel + c * channel_, channel_, input + start * s.inputs + block.channels[c], s.inputs, rows, run);
-    }
-    return;
-  }
-  for (int64_t c = 0; c < channels; ++c)
-    for (int64_t image = start / s.width; image < task.strips && image * s.width < end; ++image) {
-      const int64_t from = std::max(start, image * s.width), to = std::min(end, (image + 1) * s.width);
-      const float* source = input + ((task.strip + image) * s.inputs + block.channels[c]) * s.width;
-      copy<kWidest>(panel + c * channel_ + from - start, source + from - image * s.width, to - from);
-    }
-}
-
-// Rows of one channel, padded, from row `first` of each strip on.
-void Plan::pack_rows(const float* input, const Task& task, const Source& source, int64_t first, int64_t rows,
-                     float* to, int64_t row_step, int64_t strip_step, bool margins) const {
-  const Shape& s = shape_;
-  const int64_t size = source.high - source.low, wide = s.out_width + column_reach_;
-  for (int64_t strip = 0; strip < task.strips; ++strip, to += strip_step) {
-    const int64_t image = (task.strip + strip) / settings_.strips;
-    const float* from = input + image * s.inputs * s.height * s.width + source.column + source.low * s.stride_x;
-    int64_t row = ((task.strip + strip) % settings_.strips * strip_rows_ + first) * s.stride_y + source.row;
-    float* out = to;
-    for (int64_t q = 0; q < rows; ++q, out += row_step, row += s.stride_y) {
-      if (row < 0 || row >= s.height) {
-        if (margins) clear<kWidest>(out, wide);
-        continue;
-      }
-      if (margins && source.low > 0) clear<kWidest>(out, source.low);
-      if (s.stride_x == 1)
-        copy<kWidest>(out + source.low, from + row * s.width, size);
-      else
-        for (int64_t x = 0; x < size; ++x) out[source.low + x] = from[row * s.width + x * s.stride_x];
-      if (margins && source.high < wide) clear<kWidest>(out + source.high, wide - source.high);
-    }
-  }
-}
-
-void Plan::pack(const float* input, const Task& task, const Block& block, float* panel, float* stage) const {
-  if (flat_input_) return pack_flat(input, task, block, panel);
-  using V = Vector<kWidest>;
-  const Shape& s = shape_;
-  const int64_t start = origin(task), end = tile_start(task.first_tile + task.tiles);
-  const int64_t first = start / pitch_, rows = ceil_div(end - start, pitch_) + row_reach_;
-  const int64_t strip_size = stage_rows_ * stage_pitch_, stage_size = settings_.side * strip_size;
-  const int64_t across = ceil_div(s.out_width, kWidest);
-  if (!planes_.empty()) std::fill(stage, stage + static_cast<int64_t>(sources_.size()) * stage_size, 0.0f);
-  for (size_t c = 0; c < block.channels.size(); ++c) {
-    const float* channel = input + block.channels[c] * s.height * s.width;
-    float* to = panel + static_cast<int64_t>(c) * channel_;
-    if (planes_.empty()) {
-      for (size_t i = 0; i < sources_.size(); ++i)
-        pack_rows(channel, task, sources_[i], first, rows, to + static_cast<int64_t>(i) * plane_, pitch_, s.out_width, true);
+  for (int64_t c = 0, run = 1; c < channels; c += run) {
+    if (!s.linear) {
+      const float* from = input + task.strip * s.inputs * s.width + start;
+      if (c + kAhead < channels)  // channels lie too far apart for the processor to foresee the next ones
+        for (int64_t i = 0; i < size; i += 16) __builtin_prefetch(from + block.channels[c + kAhead] * s.width + i);
+      copy<kWidest>(panel + c * channel_, from + block.channels[c] * s.width, size);
       continue;
     }
-    for (size_t i = 0; i < sources_.size(); ++i)
-      pack_rows(channel, task, sources_[i], first, rows, stage + static_cast<int64_t>(i) * stage_size, stage_pitch_,
-                strip_size, false);
-    for (const Shifted& plane : planes_) {
-      const float* from = stage + plane.source * stage_size + plane.shift;
-      // Whole vectors: what goes beyond a strip is overwritten by the next one.
-      for (int64_t q = 0; q < rows; ++q)
-        for (int64_t strip = 0; strip < task.strips; ++strip) {
-          const float* row = from + strip * strip_size + q * stage_pitch_;
-          float* out = to + q * pitch_ + strip * s.out_width;
-          for (int64_t v = 0; v < across; ++v) V::store(out + v * kWidest, V::load(row + v * kWidest));
-        }
-      to += plane_;
+    for (run = 1; c + run < channels && block.channels[c + run] == block.channels[c] + run;) ++run;
+    const float* from = input + start * s.inputs + block.channels[c];
+    transpose<8>([&](int64_t i) { return panel + (c + i) * channel_; }, [&](int64_t r) { return from + r * s.inputs; },
+              size, run);
+  }
+}
+
+// Rows of a band with their padding, pixel by pixel, of all strips.
+template <int lanes>
+void Plan::pack_woven(const float* input, const Task& task, const Block& block, float* panel,
+                      const float* zeros) const {
+  const Shape& s = shape_;
+  const Tile first = tile(task.first_tile), last = tile(task.first_tile + task.tiles - 1);
+  const int64_t reach = (s.window_y - 1) * s.dilate_y + 1;
+  const int64_t rows = (last.row + last.rows - first.row - 1) * s.stride_y + reach;
+  const int64_t wide = pitch_ / lanes, left = std::min(s.pad_x, wide);
+  const int64_t size = std::max<int64_t>(0, std::min(s.width, wide - left));
+  const float* image[lanes];
+  int64_t start[lanes];
+  for (int64_t l = 0; l < lanes; ++l) {
+    const int64_t strip = task.strip + std::min(l, task.strips - 1);
+    image[l] = input + strip / settings_.strips * s.inputs * s.height * s.width;
+    start[l] = (strip % settings_.strips * strip_rows_ + first.row) * s.stride_y - s.pad_y;
+  }
+  for (size_t c = 0; c < block.channels.size(); ++c) {
+    const int64_t channel = block.channels[c] * s.height;
+    float* to = panel + static_cast<int64_t>(c) * channel_;
+    for (int64_t q = 0; q < rows; ++q, to += pitch_) {
+      const float* from[lanes];
+      for (int64_t l = 0; l < lanes; ++l) {
+        const int64_t row = start[l] + q;
+        from[l] = row < 0 || row >= s.height ? zeros : image[l] + (channel + row) * s.width;
+      }
+      if (left > 0) clear<kWidest>(to, left * lanes);
+      transpose<8>([&](int64_t x) { return to + (left + x) * lanes; }, [&](int64_t l) { return from[l]; }, lanes, size);
+      if (left + size < wide) clear<kWidest>(to + (left + size) * lanes, (wide - left - size) * lanes);
     }
   }
 }
 
-template <int lanes, int vectors>
-void Plan::filters(const Task& task, int64_t tile, const Block& block, const float* panel, float* sums,
-                   const float* residual, float* output) const {
+void Plan::pack(const float* input, const Task& task, const Block& block, float* panel, const float* zeros) const {
+  if (flat_) return pack_flat(input, task, block, panel);
+  if (settings_.lanes == 4) return pack_woven<4>(input, task, block, panel, zeros);
+  if constexpr (kWidest >= 8)
+    if (settings_.lanes == 8) return pack_woven<8>(input, task, block, panel, zeros);
+  if constexpr (kWidest >= 16) return pack_woven<16>(input, task, block, panel, zeros);
+}
+
+template <int lanes, int rows, int columns, bool strided>
+void Plan::filters(const Target& target) const {
   using V = Vector<lanes>;
+  constexpr int vectors = rows * columns, size = lanes * vectors;
   // A sum waits four cycles for the one before it: short tiles keep several going.
   constexpr int chains = vectors >= 7 ? 1 : vectors >= 4 ? 2 : 4;
-  constexpr int size = lanes * vectors;
-  const int64_t out_pixels = shape_.out_height * shape_.out_width;
-  const std::vector<Piece>& pieces = pieces_[tile];
-  const bool whole = pieces.size() == 1 && pieces[0].length == size;
-  for (const Filter& filter : block.filters) {
-    if (task.parts > 1 && filter.share % task.parts != task.part) continue;
-    if (whole && filter.last) {
-      const float* to = output + (task.strip / settings_.strips * shape_.outputs + filter.output) * out_pixels;
-      for (int i = 0; i < size; i += 16) __builtin_prefetch(to + pieces[0].to + i, 1);
-    }
-    float* sum = sums + filter.output * size;
+  const int64_t step = strided ? step_ : lanes, skip = skip_;
+  const int64_t pixels = shape_.out_height * shape_.out_width;
+  const auto all_zero = V::all(0.0f);
+  for (const Filter& filter : target.block->filters) {
+    if (target.parts > 1 && share_[filter.output] % target.parts != target.part) continue;
+    float* sum = target.sums + filter.output * size;
+    float* to = target.output + filter.output * pixels;
+    if (flat_ && filter.last && !shape_.linear)
+      for (int i = 0; i < size; i += 16) __builtin_prefetch(to + i, 1);
     typename V::type total[chains][vectors];
     for (int v = 0; v < vectors; ++v)
       total[0][v] = filter.first ? V::all(bias_[filter.output]) : V::load(sum + v * lanes);
     for (int c = 1; c < chains; ++c)
-      for (int v = 0; v < vectors; ++v) total[c][v] = V::all(0.0f);
+      for (int v = 0; v < vectors; ++v) total[c][v] = all_zero;
     const float* value = values_.data() + filter.begin;
     const uint16_t* offset = offsets_.data() + filter.begin;
+    auto multiply = [&](typename V::type* sums, int i) {
+      const typename V::type weight = V::all(value[i]);
+      const float* from = target.panel + 2 * offset[i];
+#pragma GCC unroll 2
+      for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 14
+        for (int c = 0; c < columns; ++c) sums[r * columns + c] += weight * V::load(from + r * skip + c * step);
+    };
     int i = 0;
     for (; i + chains <= filter.count; i += chains)
 #pragma GCC unroll 4
-      for (int c = 0; c < chains; ++c) {
-        const typename V::type weight = V::all(value[i + c]);
-        const float* from = panel + offset[i + c];
-#pragma GCC unroll 14
-        for (int v = 0; v < vectors; ++v) total[c][v] += weight * V::load(from + v * lanes);
-      }
-    for (; i < filter.count; ++i) {
-      const typename V::type weight = V::all(value[i]);
-      const float* from = panel + offset[i];
-#pragma GCC unroll 14
-      for (int v = 0; v < vectors; ++v) total[0][v] += weight * V::load(from + v * lanes);
-    }
+      for (int c = 0; c < chains; ++c) multiply(total[c], i + c);
+    for (; i < filter.count; ++i) multiply(total[0], i);
     for (int c = 1; c < chains; ++c)
       for (int v = 0; v < vectors; ++v) total[0][v] += total[c][v];
+    if (filter.last && relu_)
+      for (int v = 0; v < vectors; ++v) total[0][v] = total[0][v] < all_zero ? all_zero : total[0][v];
     if (!filter.last || shape_.linear) {
       for (int v = 0; v < vectors; ++v) V::store(sum + v * lanes, total[0][v]);
       continue;
     }
-    const int64_t at = (task.strip / settings_.strips * shape_.outputs + filter.output) * out_pixels;
-    if (whole && !residual) {
-      float* to = output + at + pieces[0].to;
-      for (int v = 0; v < vectors; ++v) {
-        if (relu_) total[0][v] = total[0][v] < V::all(0.0f) ? V::all(0.0f) : total[0][v];
-        V::store(to + v * lanes, total[0][v]);
-      }
+    if (flat_ && target.length == size) {
+      for (int v = 0; v < vectors; ++v) V::store(to + v * lanes, total[0][v]);
       continue;
     }
     float done[size];
     for (int v = 0; v < vectors; ++v) V::store(done + v * lanes, total[0][v]);
-    for (const Piece& piece : pieces) {
-      if (piece.strip >= task.strips) break;
-      const float* from = done + piece.from;
-      float* to = output + at + piece.to;
-      if (residual) {
-        const float* add = residual + at + piece.to;
-        for (int64_t x = 0; x < piece.length; ++x) {
-          const float y = from[x] + add[x];
-          to[x] = relu_ && y < 0.0f ? 0.0f : y;
+    if (flat_) {
+      copy<kWidest>(to, done, target.length);
+      continue;
+    }
+    for (int r = 0; r < rows; ++r) {
+      const int64_t* places = target.places + r * lanes;
+      const float* from = done + r * columns * lanes;
+      constexpr int high = kWidest >= 8 && columns >= 8 ? 8 : 4;
+      for (int l = 0; l < lanes; l += 4) {
+        if (columns >= 4 && lanes >= 4 && std::min({places[l], places[l + 1], places[l + 2], places[l + 3]}) >= 0) {
+#pragma GCC unroll 4
+          for (int j = 0; j < columns; j += high) {
+            const int c = std::min(j, columns - high);
+            transpose4<high>([&](int k) { return to + places[l + k] + c; },
+                             [&](int k) { return from + (c + k) * lanes + l; });
+          }
+          continue;
         }
-      } else if (relu_) {
-        for (int64_t x = 0; x < piece.length; ++x) to[x] = from[x] < 0.0f ? 0.0f : from[x];
-      } else {
-        copy<kWidest>(to, from, piece.length);
+        for (int k = l; k < l + 4 && k < lanes; ++k)
+          if (places[k] >= 0)
+            for (int c = 0; c < columns; ++c) to[places[k] + c] = from[c * lanes + k];
       }
     }
   }
 }
 
 template <int lanes>
-void Plan::tile(int64_t vectors, const Task& task, int64_t tile, const Block& block, const float* panel, float* sums,
-                const float* residual, float* output) const {
-  switch (vectors) {
-#define LIGHTNING_PRUNE_CASE(n) \
-  case n:                       \
-    return filters<lanes, n>(task, tile, block, panel, sums, residual, output);
-    LIGHTNING_PRUNE_CASE(1)
-    LIGHTNING_PRUNE_CASE(2)
-    LIGHTNING_PRUNE_CASE(3)
-    LIGHTNING_PRUNE_CASE(4)
-    LIGHTNING_PRUNE_CASE(5)
-    LIGHTNING_PRUNE_CASE(6)
-    LIGHTNING_PRUNE_CASE(7)
-    LIGHTNING_PRUNE_CASE(8)
-    LIGHTNING_PRUNE_CASE(9)
-    LIGHTNING_PRUNE_CASE(10)
-    LIGHTNING_PRUNE_CASE(11)
-    LIGHTNING_PRUNE_CASE(12)
-    LIGHTNING_PRUNE_CASE(13)
-    LIGHTNING_PRUNE_CASE(14)
+void Plan::dispatch(const Tile& tile, const Target& target) const {
+  const bool strided = shape_.stride_x > 1;
+  switch (tile.rows * 16 + tile.columns) {
+#define LIGHTNING_PRUNE_CASE(rows, columns)                                         \
+  case rows * 16 + columns:                                                         \
+    if constexpr (lanes > 1)                                                        \
+      if (strided) return filters<lanes, rows, columns, true>(target);              \
+    if constexpr (lanes > 1 || rows == 1) filters<lanes, rows, columns, false>(target); \
+    return;
+    LIGHTNING_PRUNE_CASE(1, 1)
+    LIGHTNING_PRUNE_CASE(1, 2)
+    LIGHTNING_PRUNE_CASE(1, 3)
+    LIGHTNING_PRUNE_CASE(1, 4)
+    LIGHTNING_PRUNE_CASE(1, 5)
+    LIGHTNING_PRUNE_CASE(1, 6)
+    LIGHTNING_PRUNE_CASE(1, 7)
+    LIGHTNING_PRUNE_CASE(1, 8)
+    LIGHTNING_PRUNE_CASE(1, 9)
+    LIGHTNING_PRUNE_CASE(1, 10)
+    LIGHTNING_PRUNE_CASE(1, 11)
+    LIGHTNING_PRUNE_CASE(1, 12)
+    LIGHTNING_PRUNE_CASE(1, 13)
+    LIGHTNING_PRUNE_CASE(1, 14)
+    LIGHTNING_PRUNE_CASE(2, 1)
+    LIGHTNING_PRUNE_CASE(2, 2)
+    LIGHTNING_PRUNE_CASE(2, 3)
+    LIGHTNING_PRUNE_CASE(2, 4)
+    LIGHTNING_PRUNE_CASE(2, 5)
+    LIGHTNING_PRUNE_CASE(2, 6)
+    LIGHTNING_PRUNE_CASE(2, 7)
 #undef LIGHTNING_PRUNE_CASE
   }
 }
 
-void Plan::work(const Task& task, const float* input, const float* residual, float* output) const {
+// Where the results of a tile go, of each row and lane, and how many of a flat tile there are.
+int64_t Plan::place(const Task& task, const Tile& tile, int64_t* places) const {
   const Shape& s = shape_;
-  const int64_t largest = settings_.lanes * ceil_div(vectors_, tiles_);
+  const int64_t image = s.outputs * s.out_height * s.out_width, lanes = settings_.lanes;
+  if (flat_) {
+    places[0] = task.strip * image + tile.column * lanes;
+    return std::min(tile.columns * lanes, s.out_width - tile.column * lanes);
+  }
+  for (int64_t r = 0; r < tile.rows; ++r)
+    for (int64_t l = 0; l < lanes; ++l) {
+      const int64_t strip = task.strip + l, row = strip % settings_.strips * strip_rows_ + tile.row + r;
+      places[r * lanes + l] = l < task.strips && row < s.out_height
+                                  ? strip / settings_.strips * image + row * s.out_width + tile.column
+                                  : -1;
+    }
+  return 0;
+}
+
+void Plan::work(const Task& task, const float* input, float* output) const {
+  const Shape& s = shape_;
+  const int64_t largest = settings_.lanes * settings_.rows * settings_.columns;
   static thread_local std::vector<float> memory;
-  const int64_t panel_size = settings_.channels * channel_;
-  const int64_t sums_size = task.tiles * s.outputs * largest;
-  const int64_t stage_size = static_cast<int64_t>(sources_.size()) * settings_.side * stage_rows_ * stage_pitch_ + kWidest;
-  const size_t needed = static_cast<size_t>(16 + panel_size + sums_size + stage_size);
+  const int64_t panel_size = settings_.channels * channel_, sums_size = task.tiles * s.outputs * largest;
+  const size_t needed = static_cast<size_t>(16 + panel_size + sums_size + s.width);
   if (memory.size() < needed) memory.assign(needed, 0.0f);
   float* panel = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) / 4 % 16;
   float* sums = panel + panel_size;
-  const int64_t start = origin(task);
+  float* zeros = sums + sums_size;
+  if (s.pad_y > 0) std::fill(zeros, zeros + s.width, 0.0f);
+  const Tile first = tile(task.first_tile);
+  int64_t places[2 * kWidest];
   for (const Block& block : blocks_) {
-    pack(input, task, block, panel, sums + sums_size);
+    pack(input, task, block, panel, zeros);
     for (int64_t i = 0; i < task.tiles; ++i) {
-      const int64_t t = task.first_tile + i, at = tile_start(t);
-      const int64_t vectors = (tile_start(t + 1) - at) / settings_.lanes;
-      float* mine = sums + i * s.outputs * largest;
-      if (settings_.lanes == 1) this->tile<1>(vectors, task, t, block, panel + at - start, mine, residual, output);
-      if (settings_.lanes == 4) this->tile<4>(vectors, task, t, block, panel + at - start, mine, residual, output);
+      const Tile t = tile(task.first_tile + i);
+      const int64_t length = s.linear ? 0 : place(task, t, places);
+      const int64_t at = flat_ ? (t.column - first.column) * step_ : (t.row - first.row) * skip_ + t.column * step_;
+      const Target target{&block,  panel + at, sums + i * s.outputs * largest, output + (flat_ && !s.linear ? places[0] : 0),
+                          places, length,     task.part, task.parts};
+      if (settings_.lanes == 1) dispatch<1>(t, target);
+      if (settings_.lanes == 4) dispatch<4>(t, target);
       if constexpr (kWidest >= 8)
-        if (settings_.lanes == 8) this->tile<8>(vectors, task, t, block, panel + at - start, mine, residual, output);
+        if (settings_.lanes == 8) dispatch<8>(t, target);
       if constexpr (kWidest >= 16)
-        if (settings_.lanes == 16) this->tile<16>(vectors, task, t, block, panel + at - start, mine, residual, output);
+        if (settings_.lanes == 16) dispatch<16>(t, target);
     }
   }
   if (!s.linear) return;
   for (int64_t i = 0; i < task.tiles; ++i) {
-    const int64_t t = task.first_tile + i, at = tile_start(t), size = tile_start(t + 1) - at;
+    const Tile t = tile(task.first_tile + i);
+    const int64_t size = t.columns * settings_.lanes, start = t.column * settings_.lanes;
     const float* mine = sums + i * s.outputs * largest;
-    const int64_t rows = std::min(size, s.width - at);
-    transpose(output + at * s.outputs, s.outputs, mine, size, s.outputs, rows);
-    if (residual)
-      for (int64_t j = at * s.outputs; j < (at + rows) * s.outputs; ++j) output[j] += residual[j];
-    if (relu_)
-      for (int64_t j = at * s.outputs; j < (at + rows) * s.outputs; ++j) output[j] = output[j] < 0.0f ? 0.0f : output[j];
+    transpose<16>([&](int64_t r) { return output + (start + r) * s.outputs; }, [&](int64_t o) { return mine + o * size; },
+              s.outputs, std::min(size, s.width - start));
   }
 }
 
-void Plan::run(const float* input, const float* residual, float* output, int64_t threads,
-               const ParallelFor& parallel) const {
-  const int64_t strips = shape_.batch * settings_.strips;
-  const int64_t groups = ceil_div(strips, settings_.side), bands = ceil_div(tiles_, settings_.band);
+void Plan::run(const float* input, float* output, int64_t threads, const ParallelFor& parallel) const {
+  const int64_t strips = shape_.batch * settings_.strips, together = flat_ ? 1 : settings_.lanes;
+  const int64_t groups = ceil_div(strips, together), bands = ceil_div(tiles_, settings_.band);
   // Where there are fewer bands than threads, threads share the filters of a band.
   const int64_t parts = shape_.linear ? 1 : std::min(shape_.outputs, ceil_div(threads, groups * bands));
   auto some = [&](int64_t begin, int64_t end) {
-    auto task = [&](int64_t i) -> Task {
-      const int64_t strip = i / (bands * parts) * settings_.side, band = i / parts % bands;
-      const int64_t first = band * settings_.band;
-      return {strip, std::min(settings_.side, strips - strip), first, std::min(settings_.band, tiles_ - first),
-              i % parts, parts};
-    };
-    for (int64_t i = begin; i < end; ++i)
-      work(task(i), input, residual, output);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t strip = i / (bands * parts) * together, first = i / parts % bands * settings_.band;
+      const Task task{strip, std::min(together, strips - strip), first, std::min(settings_.band, tiles_ - first),
+                      i % parts, parts};
+      work(task, input, output);
+    }
   };
   const int64_t tasks = groups * bands * parts;
   if (threads > 1 && tasks > 1)

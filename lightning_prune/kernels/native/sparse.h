@@ -1,9 +1,13 @@
 // Sparse convolutions and linear layers on the CPU.
 //
 // The input is copied, a block of channels at a time, into a panel in which every weight that is left finds what it
-// multiplies at `offset + position`, for all positions of a tile of outputs at once. The outputs of one filter in a
-// tile (`vectors` registers of `lanes` numbers) stay in registers while the filter's weights of the block go by, and
-// what a tile needs of the panel stays in the first-level cache while all filters go by.
+// multiplies at `offset + position`, for all positions of a tile of outputs at once, always at a whole vector. The
+// outputs of one filter in a tile (`rows * columns` registers of `lanes` numbers) stay in registers while the filter's
+// weights of the block go by, and what a tile needs of the panel stays in the first-level cache while all filters go by.
+//
+// The numbers of a vector are neighbours in memory (flat) where pixels have no neighbours that matter: in linear layers
+// and 1x1 convolutions. Otherwise (woven) they are of equal place in as many images, or strips of images, so that a step
+// to the next pixel is one to the next vector.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +24,12 @@ constexpr int kWidest = 8;
 #else
 constexpr int kWidest = 4;
 #endif
+
+// Vectors of the largest tile: two registers are left for the weight and for the input.
+constexpr int kMostVectors = 14;
+
+// Numbers of the largest panel, so that half an offset has 16 bits.
+constexpr int64_t kMostNumbers = 2 * 65536;
 
 // Calls its second argument with ranges that together cover [0, tasks).
 using ParallelFor = std::function<void(int64_t tasks, const std::function<void(int64_t, int64_t)>&)>;
@@ -43,75 +53,73 @@ struct Weights {
 
 // How a call is cut up.
 struct Settings {
-  int64_t lanes;     // numbers of a vector: 1, 4, 8 or 16, at most `kWidest`
-  int64_t vectors;   // of a tile, 1 to 14
-  int64_t copies;    // 1: one copy of the input, read unaligned; 2: one per column of the window, all reads aligned
+  int64_t lanes;     // numbers of a vector: 4, 8 or 16, at most `kWidest`; or 1 in flat panels
+  int64_t woven;     // whether a vector is of several strips
+  int64_t rows;      // of a tile, 1 or 2; flat images have only one
+  int64_t columns;   // vectors of a tile side by side; with the rows at most `kMostVectors`
   int64_t strips;    // that an image is cut into, of equally many rows
-  int64_t side;      // strips side by side in a row of the panel
   int64_t channels;  // of a block
   int64_t band;      // tiles that the panel is filled for at once
 };
 
 class Plan {
  public:
+  // Throws std::invalid_argument for settings that do not fit.
   Plan(const Shape& shape, const Weights& weights, bool relu, const Settings& settings);
-  // Contiguous tensors; `residual`, of the output's shape, is added before the rectifier unless it is null.
-  void run(const float* input, const float* residual, float* output, int64_t threads, const ParallelFor& parallel) const;
-  const Settings& settings() const { return settings_; }
+  // Contiguous tensors.
+  void run(const float* input, float* output, int64_t threads, const ParallelFor& parallel) const;
 
  private:
   struct Filter {  // its weights in a block
-    int32_t output, begin, count, share;
+    int32_t output, begin, count;
     bool first, last;
   };
   struct Block {  // of input channels, with the filters that have weights there
     std::vector<int32_t> channels;
     std::vector<Filter> filters;
   };
-  struct Source {  // what of the input a plane holds: every stride-th row and column from these ones on
-    int64_t row, column;
-    int64_t low, high;  // columns of the plane between the paddings
-  };
-  struct Shifted {  // a plane whose columns are those of a source, from a place on
-    int64_t source, shift;
-  };
-  struct Piece {  // of a tile: outputs that lie side by side in the output tensor
-    int32_t from, length, strip;
-    int64_t to;
-  };
   struct Task {
     int64_t strip, strips, first_tile, tiles, part, parts;
   };
+  struct Tile {
+    int64_t row, rows, column, columns;
+  };
+  struct Target {  // of a tile
+    const Block* block;
+    const float* panel;
+    float* sums;     // of each filter, so far
+    float* output;   // of the image, or of the flat tile
+    const int64_t* places;  // from there on of each row and lane, -1 for none
+    int64_t length;         // of flat results
+    int64_t part, parts;
+  };
 
   void lay_out();
-  void cut_blocks(const Weights& weights, const std::vector<bool>& alive);
-  void cut_pieces();
-  void pack(const float* input, const Task& task, const Block& block, float* panel, float* stage) const;
+  void cut_blocks(const Weights& weights);
+  Tile tile(int64_t index) const;
+  void pack(const float* input, const Task& task, const Block& block, float* panel, const float* zeros) const;
   void pack_flat(const float* input, const Task& task, const Block& block, float* panel) const;
-  void pack_rows(const float* input, const Task& task, const Source& source, int64_t first, int64_t rows, float* to,
-                 int64_t row_step, int64_t strip_step, bool margins) const;
-  void work(const Task& task, const float* input, const float* residual, float* output) const;
   template <int lanes>
-  void tile(int64_t vectors, const Task& task, int64_t tile, const Block& block, const float* panel, float* sums,
-            const float* residual, float* output) const;
-  template <int lanes, int vectors>
-  void filters(const Task& task, int64_t tile, const Block& block, const float* panel, float* sums,
-               const float* residual, float* output) const;
-  int64_t tile_start(int64_t tile) const { return tile * vectors_ / tiles_ * settings_.lanes; }
-  int64_t origin(const Task& task) const;
+  void pack_woven(const float* input, const Task& task, const Block& block, float* panel, const float* zeros) const;
+  void work(const Task& task, const float* input, float* output) const;
+  int64_t place(const Task& task, const Tile& tile, int64_t* places) const;
+  template <int lanes>
+  void dispatch(const Tile& tile, const Target& target) const;
+  template <int lanes, int rows, int columns, bool strided>
+  void filters(const Target& target) const;
 
   Shape shape_;
-  bool relu_, flat_input_;
+  bool relu_, flat_;
   Settings settings_;
-  int64_t strip_rows_, pitch_, vectors_, tiles_, plane_, channel_, row_reach_, column_reach_;
-  int64_t stage_rows_, stage_pitch_;
-  std::vector<Source> sources_;
-  std::vector<Shifted> planes_;  // of the panel, if they are not the sources themselves
-  std::vector<int32_t> plane_of_row_, plane_of_column_;
+  int64_t strip_rows_;             // of outputs
+  int64_t across_, down_;          // vectors of a strip's outputs
+  int64_t tiles_across_, tiles_;   // of a strip
+  int64_t pitch_, channel_;        // of the panel, in numbers
+  int64_t step_, skip_;            // in the panel from a vector to the next one of the tile, and to the next row's
   std::vector<Block> blocks_;
   std::vector<float> bias_, values_;
   std::vector<uint16_t> offsets_;
-  std::vector<std::vector<Piece>> pieces_;
+  std::vector<int32_t> share_;  // by filter: threads take every n-th one
 };
 
 }  // namespace lightning_prune
