@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lightning_prune import (
+    allocation,
     criteria,
     granularities,
     kernel_report,
@@ -19,10 +20,14 @@ from lightning_prune import (
     moments,
     plan,
     pruner,
+    quantization,
+    reconstruction,
     rewinding,
     runtime,
     schedules,
+    search,
 )
+from lightning_prune.allocation import *
 from lightning_prune.criteria import *
 from lightning_prune.granularities import *
 from lightning_prune.kernel_report import *
@@ -32,9 +37,12 @@ from lightning_prune.metrics import *
 from lightning_prune.moments import *
 from lightning_prune.plan import *
 from lightning_prune.pruner import *
+from lightning_prune.quantization import *
+from lightning_prune.reconstruction import *
 from lightning_prune.rewinding import *
 from lightning_prune.runtime import *
 from lightning_prune.schedules import *
+from lightning_prune.search import *
 
 if TYPE_CHECKING:
     from lightning_prune.callbacks.learning_compression import LearningCompression
@@ -50,6 +58,7 @@ _LAZY = {
 }
 
 __all__ = ["LearningCompression", "PruneTrainer", "Pruning", "SparsityMonitor"]
+__all__ += allocation.__all__
 __all__ += criteria.__all__
 __all__ += granularities.__all__
 __all__ += kernel_report.__all__
@@ -59,9 +68,12 @@ __all__ += metrics.__all__
 __all__ += moments.__all__
 __all__ += plan.__all__
 __all__ += pruner.__all__
+__all__ += quantization.__all__
+__all__ += reconstruction.__all__
 __all__ += rewinding.__all__
 __all__ += runtime.__all__
 __all__ += schedules.__all__
+__all__ += search.__all__
 
 
 def __getattr__(name: str) -> Any:

@@ -33,7 +33,9 @@ Prune networks while they train, and watch it in TensorBoard.
   lightning-prune test --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt
   lightning-prune calibrate --config configs/digits.yaml    (times this machine's kernels: device.json)
   lightning-prune profile --config RUN/config.yaml --ckpt_path RUN/checkpoints/last.ckpt    (where zeros pay, in ms)
+  lightning-prune sensitivity --config configs/digits.yaml --ckpt_path CHECKPOINT    (what each layer can lose)
   lightning-prune search --config configs/digits_search.yaml    (the fastest network within an accuracy threshold)
+  lightning-prune report RUN    (a page, report.html, of any finished fit or search)
   lightning-prune fit --trainer.callbacks.help Pruning      (its options; likewise for any other class)
 
 Later configuration files and options override earlier ones; `fit --print_config` shows the result.
@@ -92,7 +94,7 @@ class PruneCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Those of Lightning and our own; the arguments named are not options, they come from the configuration."""
-        own = {name: {"model", "datamodule"} for name in ("calibrate", "profile", "search")}
+        own = {name: {"model", "datamodule"} for name in ("calibrate", "profile", "search", "sensitivity")}
         return {**LightningCLI.subcommands(), **own}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -132,7 +134,12 @@ def main(args: Sequence[str] | None = None) -> None:
     # Lightning's own use of a class that torch deprecates; nothing that a user could change.
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
     try:
-        PruneCLI(arguments or ["--help"])
+        if arguments[:1] == ["report"]:  # it needs no model, which LightningCLI would ask for
+            from lightning_prune.commands.report import main as report
+
+            report(arguments[1:])
+        else:
+            PruneCLI(arguments or ["--help"])
     except KeyboardInterrupt:
         sys.exit("Interrupted.")
     except Exception as error:

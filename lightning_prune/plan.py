@@ -232,8 +232,12 @@ class SparsityPlan(Mapping[str, float]):
             plan[name] = (weight.abs() < limit).sum().item() / max(weight.numel(), 1)
         return cls(plan)
 
-    def save(self, path: str | Path) -> None:
-        """Write the plan as YAML, whole or not at all."""
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON and YAML: name -> fraction, or fraction and granularity; `SparsityPlan(...)` reads it again.
+
+        >>> SparsityPlan({"fc.weight": 0.5, "conv.weight": (0.8, granularities.Filter())}).as_dict()["conv.weight"]
+        {'sparsity': 0.8, 'granularity': {'class_path': 'Filter', 'init_args': {}}}
+        """
         sparsity: dict[str, Any] = {}
         for name, entry in self._entries.items():
             if entry.granularity is None:
@@ -244,7 +248,11 @@ class SparsityPlan(Mapping[str, float]):
                     "init_args": asdict(entry.granularity),
                 }
                 sparsity[name] = {"sparsity": entry.sparsity, "granularity": granularity}
-        write_text(path, yaml.safe_dump({"schema": _SCHEMA, "sparsity": sparsity}, sort_keys=False))
+        return sparsity
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as YAML, whole or not at all."""
+        write_text(path, yaml.safe_dump({"schema": _SCHEMA, "sparsity": self.as_dict()}, sort_keys=False))
 
     @classmethod
     def load(cls, path: str | Path) -> SparsityPlan:

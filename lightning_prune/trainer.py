@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from optuna.samplers import BaseSampler
 
+from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Unstructured
 from lightning_prune.kernel_report import KernelReport
 from lightning_prune.latency.profile import DeviceProfile
 from lightning_prune.plan import Share, SparsityPlan
+from lightning_prune.search.curves import Sensitivity
+from lightning_prune.search.result import SearchResult
+from lightning_prune.search.schemes import LEVELS
+from lightning_prune.search.sensitivity import LEVELS as SCAN_LEVELS
 
 
 class PruneTrainer(Trainer):
@@ -160,6 +166,166 @@ class PruneTrainer(Trainer):
             batch_size=batch_size,
             threads=threads,
             granularity=granularity,
+            output=output,
+        )
+
+    def sensitivity(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        *,
+        levels: Sequence[float] = SCAN_LEVELS,
+        names: list[str] | None = None,
+        metrics: list[str] | None = None,
+        criterion: Criterion = Magnitude(),  # noqa: B008  frozen
+        granularity: Granularity = Unstructured(),  # noqa: B008
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+        reuse: bool = True,
+        output: str | Path | None = None,
+    ) -> Sensitivity:
+        """Measure how much validation suffers when one layer alone is pruned, one-shot, to each of some levels.
+
+        Writes `sensitivity.json`, `.csv` and `.png` and shows the curves in TensorBoard. Passes reuse what comes before
+        the pruned layer where metrics are averages over examples. `--trainer.limit_val_batches` takes a subset of the
+        data. Ctrl-C keeps what is finished; the same command goes on from there.
+
+        Args:
+            model: That is pruned; it is not changed.
+            datamodule: With the validation data.
+            levels: Shares removed, rising.
+            names: Weights or patterns, all conv and linear weights by default.
+            metrics: Of those that validation logs; all by default.
+            criterion: Which weights go first; one that looks at weights alone.
+            granularity: Which weights go together.
+            ckpt_path: Checkpoint of the trained network.
+            weights_only: False lets a checkpoint you trust hold objects of any class, as for `fit`.
+            reuse: False runs whole passes.
+            output: Folder of the results; by default `sensitivity` in the folder of the checkpoint's run, or of a new
+                one.
+
+        Returns:
+            The curves.
+
+        Raises:
+            ValueError: There is no validation, no such layer or metric, or a level outside [0, 1].
+        """
+        from lightning_prune.commands import sensitivity
+
+        return sensitivity.run(
+            self,
+            model,
+            datamodule,
+            levels=levels,
+            names=names,
+            metrics=metrics,
+            criterion=criterion,
+            granularity=granularity,
+            ckpt_path=ckpt_path,
+            weights_only=weights_only,
+            reuse=reuse,
+            output=output,
+        )
+
+    def search(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        *,
+        metric: str = "val_acc",
+        mode: Literal["max", "min"] = "max",
+        max_drop: float = 0.01,
+        objective: str = "latency",
+        scheme: str = "unstructured",
+        levels: Sequence[float] = LEVELS,
+        names: list[str] | None = None,
+        n_trials: int = 60,
+        timeout: float | None = None,
+        sampler: BaseSampler | None = None,
+        seed: int = 0,
+        storage: str | None = None,
+        study_name: str | None = None,
+        profile: str | Path = "device.json",
+        recovery: str = "one_shot",
+        recovery_epochs: int = 10,
+        calibration_examples: int = 512,
+        batch_size: int = 1,
+        threads: int = 1,
+        ckpt_path: str | Path | None = None,
+        weights_only: bool | None = None,
+        output: str | Path | None = None,
+    ) -> SearchResult:
+        """Find the fastest sparse version of a network whose accuracy drops by no more than a threshold, and run it.
+
+        Trains the dense network unless it is given a checkpoint, times this machine's kernels on its layers, repairs
+        every layer at every level by least squares, lets Optuna search the sparsity of each layer, fine-tunes the
+        winner, confirms its accuracy and executes it. Writes `search_result.json`, `plan.yaml`, `recipe.yaml` (for
+        `fit --config`) and `report.html`. Ctrl-C keeps all finished trials.
+
+        Args:
+            model: That is searched; it is not changed where a checkpoint is given, and trained otherwise.
+            datamodule: Its training data repair and recover, its validation data judge. Test data are never used.
+            metric: That validation logs.
+            mode: "max" where higher is better, "min" where lower is.
+            max_drop: How much the metric may lose, absolute; 0 allows no loss at all.
+            objective: What is made small: latency, throughput, macs, parameters, bytes, memory or energy.
+            scheme: Pattern of the zeros: unstructured, block (4x4), nm (2:4), filter, or mixed (the best per layer).
+            levels: Shares removed among which each layer has one, or none.
+            names: Weights or patterns that may be pruned; all linear and 2-D convolution weights by default.
+            n_trials: Evaluations of a whole network's metric, of all workers, the dense one's included; up to three
+                more confirm the winner.
+            timeout: Seconds after which no further trial begins.
+            sampler: Of Optuna, by class_path; by default one made for this search.
+            seed: Of the default sampler.
+            storage: Where the study is kept, so that workers may share it and it can be resumed: an Optuna URL
+                (sqlite:///, postgresql://, mysql://) or a journal file; by default `study.db` in the output folder.
+            study_name: Of the study; workers that give the same name and storage share it.
+            profile: File of the device profile; it is made, or extended for this network, where need be.
+            recovery: How the winner is fine-tuned: one_shot, agp, rewind (learning-rate rewinding), lc
+                (learning-compression) or none.
+            recovery_epochs: Epochs of it; the best one counts.
+            calibration_examples: Training examples that kept weights are fitted on.
+            batch_size: Examples in a pass; latencies hold for this number.
+            threads: Threads that torch computes with.
+            ckpt_path: Checkpoint of the trained dense network.
+            weights_only: False lets a checkpoint you trust hold objects of any class, as for `fit`.
+            output: Folder of the results; by default that of the run.
+
+        Returns:
+            The result; where nothing was feasible it says so and carries the nearest plan.
+
+        Raises:
+            ConnectionError: The storage cannot be reached.
+            ValueError: An option is none, the metric is never logged, validation data are missing, the dense network
+                is no better than chance, the profile is of another machine, or the study is about something else.
+        """
+        from lightning_prune.commands import search
+
+        return search.run(
+            self,
+            model,
+            datamodule,
+            metric=metric,
+            mode=mode,
+            max_drop=max_drop,
+            objective=objective,
+            scheme=scheme,
+            levels=levels,
+            names=names,
+            n_trials=n_trials,
+            timeout=timeout,
+            sampler=sampler,
+            seed=seed,
+            storage=storage,
+            study_name=study_name,
+            profile=profile,
+            recovery=recovery,
+            recovery_epochs=recovery_epochs,
+            calibration_examples=calibration_examples,
+            batch_size=batch_size,
+            threads=threads,
+            ckpt_path=ckpt_path,
+            weights_only=weights_only,
             output=output,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -429,3 +430,20 @@ def test_a_users_own_granularity_is_told_from_ours_of_the_same_name(tmp_path: Pa
     for granularity in (Filter(), granularities.Filter()):
         SparsityPlan({"fc": (0.5, granularity)}).save(path)
         assert type(SparsityPlan.load(path).granularity("fc")) is type(granularity)
+
+
+def test_as_dict_is_plain_and_read_again() -> None:
+    plan = SparsityPlan({"a.weight": 0.5, "b.weight": (0.75, Block(4, 2)), "*": (0.5, Filter())})
+    plain = plan.as_dict()
+    assert plain["a.weight"] == 0.5
+    assert plain["b.weight"] == {
+        "sparsity": 0.75,
+        "granularity": {"class_path": "Block", "init_args": {"rows": 4, "cols": 2}},
+    }
+    for text in (json.dumps(plain), yaml.safe_dump(plain, sort_keys=False)):
+        again = SparsityPlan(yaml.safe_load(text))
+        assert again == plan
+        assert list(again) == list(plan)
+    plain["a.weight"] = 0.9
+    assert plan["a.weight"] == 0.5
+    assert SparsityPlan({}).as_dict() == {}

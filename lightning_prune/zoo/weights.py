@@ -33,7 +33,8 @@ def load_weights(network: nn.Module, path: str | os.PathLike[str]) -> None:
         path = data_folder() / path
     if not Path(path).is_file():
         raise FileNotFoundError(
-            f"No weights at {os.fspath(path)!r}, nor in {str(data_folder())!r}; check the path, or drop initialize_from."
+            f"No weights at {os.fspath(path)!r}; check the path (it may lie in {str(data_folder())!r}, too), or drop "
+            "initialize_from."
         )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

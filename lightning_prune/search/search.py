@@ -1,0 +1,273 @@
+"""The search: the cheapest network whose accuracy drops by no more than a threshold, found, recovered and executed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from lightning_prune.batch_norm import reestimate_batch_norm
+from lightning_prune.criteria import Criterion, Magnitude
+from lightning_prune.granularities import Granularity
+from lightning_prune.latency import DeviceProfile, LatencyEstimator
+from lightning_prune.latency.machine import Machine
+from lightning_prune.layers import layer_table
+from lightning_prune.plan import SparsityPlan
+from lightning_prune.preparation import inference_copy, placement
+from lightning_prune.search.layer_space import layer_rows, layer_space
+from lightning_prune.search.library import Library
+from lightning_prune.search.objectives import Objective, objective_of
+from lightning_prune.search.proof import Counted, better, counted, executed, known, recovered
+from lightning_prune.search.result import SearchResult, drop_of
+from lightning_prune.search.scan import require_weights_alone
+from lightning_prune.search.schemes import LEVELS, entries_of
+from lightning_prune.search.sensitivity import bar
+
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
+
+__all__ = ["search_sparsity"]
+
+
+@dataclass
+class Phases:
+    """What whoever watches a search is told, and how long its phases took.
+
+    Args:
+        said: is called with a line about what happens next.
+        seconds: name of the phase -> seconds.
+    """
+
+    said: Callable[[str], None] = lambda line: None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str, line: str) -> Iterator[None]:
+        """Say a line, and take the time."""
+        self.said(line)
+        began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = time.monotonic() - began_s
+
+
+def search_sparsity(
+    model: nn.Module,
+    example_inputs: Any,
+    batches: Iterable[Any],
+    accuracy: Callable[[nn.Module], float],
+    *,
+    max_drop: float = 0.01,
+    metric: str = "accuracy",
+    mode: Literal["max", "min"] = "max",
+    profile: DeviceProfile | str | Path | None = None,
+    objective: str | Objective = "latency",
+    scheme: str | Granularity | Sequence[Granularity] = "unstructured",
+    levels: Sequence[float] = LEVELS,
+    names: str | Sequence[str] | None = None,
+    criterion: Criterion = Magnitude(),  # noqa: B008  frozen
+    n_trials: int = 60,
+    timeout: float | None = None,
+    sampler: BaseSampler | None = None,
+    seed: int = 0,
+    storage: str | Path | BaseStorage | None = None,
+    study_name: str | None = None,
+    chance: float | None = None,
+    tune: Callable[[nn.Module, SparsityPlan], None] | None = None,
+    recover: Callable[[nn.Module, SparsityPlan], nn.Module] | None = None,
+    confirm: Callable[[nn.Module], float] | None = None,
+    on_trial: Callable[[Study, FrozenTrial], None] | None = None,
+    phases: Phases | None = None,
+    progress: bool = False,
+) -> SearchResult:
+    """Find the fastest sparse version of a network that is accurate enough, and execute it.
+
+    minimise  cost(plan)   subject to   dense accuracy - accuracy(plan) <= max_drop
+
+    In two phases, as Condensa has them: how far the network can go at all, then the least cost inside of that. Optuna
+    proposes a budget and a coefficient per group of layers; an allocator turns them into the plan with the least
+    weighted output error within the budget. A plan whose estimated cost is not below the best feasible one's is never
+    evaluated. What is evaluated has been repaired: kept weights by least squares, layer by layer and level by level
+    before the search begins, BatchNorm by new statistics. The winner is recovered, confirmed and executed; where
+    recovery made it worse, the repaired network is the result.
+
+    Args:
+        model: dense and trained; it is not changed.
+        example_inputs: as for `layer_table`; latencies are for its batch size.
+        batches: calibration inputs (of training data, without labels), read several times.
+        accuracy: the metric of a network on validation data; every call counts as an evaluation.
+        max_drop: how much the metric may lose, absolute; 0 allows no loss at all.
+        metric: its name.
+        mode: "max" where higher is better, "min" where lower is.
+        profile: of this machine, or the path of one; objectives of latency need it. With that of an analytic machine
+            nothing is executed.
+        objective: a name of `OBJECTIVES`, or an `Objective`.
+        scheme: patterns of zeros: "unstructured", "block", "nm", "filter", "mixed", or granularities.
+        levels: shares removed that a layer may have.
+        names: weights or patterns that may be pruned; all linear and 2-D convolution weights by default.
+        criterion: which weights go first; one that looks at weights alone.
+        n_trials: evaluations of all workers together, the dense network's included; the winner is confirmed by up to
+            three more.
+        timeout: seconds after which no further trial begins.
+        sampler: of Optuna; by default our own.
+        seed: of the default sampler.
+        storage: where Optuna keeps the study: an URL, a path of an SQLite file, or a storage; in memory by default.
+        study_name: of a study that several workers share, or that is resumed.
+        chance: what a network that knows nothing reaches; a dense network that is no better is refused.
+        tune: fine-tunes a candidate, in place, before it is evaluated; its zeros must stay.
+        recover: fine-tunes the winner and returns it; its zeros must stay. Networks come without gradients
+            (`requires_grad`) and in eval mode.
+        confirm: the metric on all validation data, for the winner and the dense network; `accuracy` by default.
+        on_trial: is called with study and trial after each.
+        phases: is told what happens.
+        progress: whether to show progress bars.
+
+    Returns:
+        What was found. Where nothing was feasible it says so, and carries the plan that came nearest.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; finished trials are kept in the storage, and the same call goes on from there.
+        ConnectionError: the storage cannot be reached.
+        ValueError: an argument is none, the dense metric is not finite or no better than chance, a study of this name
+            is about something else, the profile is of another machine, or recovery brought removed weights back.
+
+    Source: Joseph et al., "A Programmable Approach to Neural Network Compression" (Condensa, 2020), section 4; Frantar
+    & Alistarh, "SPDY" (2022).
+    """
+    from lightning_prune.search.storages import open_storage
+    from lightning_prune.search.study import minimise
+
+    require_settings(max_drop, metric, mode, n_trials, timeout)
+    require_weights_alone(criterion)
+    phases = phases or Phases()
+    network = inference_copy(model)
+    table = layer_table(network, example_inputs)
+    goal = objective_of(objective, table[0].input_shape[0])
+    choices = entries_of(network, table, scheme, levels, names)
+    estimator = None if profile is None else LatencyEstimator(table, _loaded(profile, network))
+    costs = goal.costs(table, layer_rows(table, choices), estimator)
+    opened = open_storage(storage)
+
+    with phases.phase("dense", f"Measuring {metric} of the dense network"):
+        dense = float(accuracy(inference_copy(model)))
+    _require_trained(dense, chance, metric, mode)
+    width = len(next(iter(choices.values()))) - 1
+    with (
+        phases.phase("repair", f"Repairing {len(choices)} layers at {width} levels each"),
+        bar(progress, "Repairing layers", len(choices)) as advance,
+    ):
+        library = Library(network, choices, batches, criterion, progress=lambda name: advance(1))
+    space = layer_space(table, choices, library.names, library.errors, costs)
+    candidate = inference_copy(model)
+
+    def built(chosen: Sequence[int]) -> nn.Module:
+        """The repaired network of one level per layer; one and the same module, unless it is tuned."""
+        library.put(candidate, chosen)
+        reestimate_batch_norm(candidate, batches)
+        if tune is None:
+            return candidate
+        tuned = inference_copy(candidate)
+        tune(tuned, space.plan(chosen))
+        return tuned.eval()
+
+    with phases.phase("search", f"Searching for the least {goal.name} with at most {max_drop:g} less {metric}"):
+        outcome = minimise(
+            space,
+            lambda found: accuracy(built(found.choices)),
+            metric=metric,
+            mode=mode,
+            max_drop=max_drop,
+            dense_accuracy=dense,
+            n_trials=n_trials,
+            timeout=timeout,
+            sampler=sampler,
+            seed=seed,
+            storage=opened,
+            study_name=study_name,
+            objective=goal.name,
+            progress=progress,
+            on_trial=on_trial,
+        )
+    if outcome.interrupted:
+        raise KeyboardInterrupt
+    result = replace(
+        SearchResult.of_nothing(metric, mode, max_drop, dense),
+        evaluations=outcome.evaluations,
+        objective=goal.name,
+        unit=goal.unit,
+        dense_cost=space.dense_cost,
+        model=network,
+        details={"study": outcome.study.study_name, "stopped": outcome.stopped, "seconds": phases.seconds},
+    )
+    trial = outcome.best or outcome.nearest
+    if trial is None:
+        return executed(counted(result, table, network), estimator, example_inputs)
+    chosen = trial.user_attrs["choices"]
+    plan = space.plan(chosen)
+    repaired, trained = inference_copy(built(chosen)), None
+    if recover is not None:
+        with phases.phase("recovery", "Recovering the winner"):
+            trained = recovered(repaired, plan, library.removed(chosen), recover)
+    final = Counted(confirm or accuracy)
+    with phases.phase("confirmation", f"Confirming {metric} of the winner"):
+        dense = dense if confirm is None else final(inference_copy(model))
+        winner, value = better(repaired, trained, final, dense, mode)
+    result = replace(
+        result,
+        feasible=drop_of(value, dense, mode, max_drop) <= max_drop,
+        plan=plan,
+        accuracy=value,
+        dense_accuracy=dense,
+        search_accuracy=known(trial.user_attrs["accuracy"]),
+        evaluations=outcome.evaluations + final.calls,
+        cost=float(trial.user_attrs["cost"]),
+        model=winner,
+        details={**result.details, "recovered": winner is trained},
+    )
+    with phases.phase("execution", "Running the winner with its kernels"):
+        return executed(counted(result, table, winner), estimator, example_inputs)
+
+
+def require_settings(max_drop: float, metric: str, mode: str, n_trials: int, timeout: float | None) -> None:
+    """Refuse, before any work, what no search can be asked for.
+
+    Raises:
+        ValueError: the message names the setting.
+    """
+    if isinstance(max_drop, bool) or not (max_drop >= 0 and math.isfinite(max_drop)):
+        raise ValueError(
+            f"max_drop is how much {metric} may lose, absolute and at least 0 (no loss at all), got {max_drop!r}"
+        )
+    if mode not in ("max", "min"):
+        raise ValueError(f"mode is 'max' where a higher {metric} is better, 'min' where a lower is, got {mode!r}")
+    if isinstance(n_trials, bool) or not isinstance(n_trials, int) or n_trials < 2:
+        raise ValueError(f"the dense network is the first evaluation, so n_trials is at least 2, got {n_trials!r}")
+    if timeout is not None and not timeout >= 0:
+        raise ValueError(f"timeout is in seconds, at least 0, or None for no limit, got {timeout!r}")
+
+
+def _loaded(profile: DeviceProfile | str | Path, network: nn.Module) -> DeviceProfile:
+    found = profile if isinstance(profile, DeviceProfile) else DeviceProfile.load(profile)
+    if found.machine.kind != "analytic":
+        found.require(Machine.here(*placement(network)))
+    return found
+
+
+def _require_trained(dense: float, chance: float | None, metric: str, mode: str) -> None:
+    if not math.isfinite(dense):
+        raise ValueError(f"{metric} of the dense network is {dense}; look at its validation data and its weights")
+    if chance is not None and (dense <= chance if mode == "max" else dense >= chance):
+        raise ValueError(
+            f"{metric} of the dense network is {dense:.4g}, no better than chance ({chance:.4g}): train it first, or "
+            "give the checkpoint of the trained network (--ckpt_path)"
+        )
