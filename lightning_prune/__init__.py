@@ -48,16 +48,27 @@ if TYPE_CHECKING:
     from lightning_prune.callbacks.learning_compression import LearningCompression
     from lightning_prune.callbacks.monitor import SparsityMonitor
     from lightning_prune.callbacks.pruning import Pruning
+    from lightning_prune.callbacks.quantization_aware_training import QuantizationAwareTraining
+    from lightning_prune.callbacks.quantized_evaluation import QuantizedEvaluation
     from lightning_prune.trainer import PruneTrainer
 
 _LAZY = {
     "LearningCompression": "lightning_prune.callbacks.learning_compression",
     "PruneTrainer": "lightning_prune.trainer",
     "Pruning": "lightning_prune.callbacks.pruning",
+    "QuantizationAwareTraining": "lightning_prune.callbacks.quantization_aware_training",
+    "QuantizedEvaluation": "lightning_prune.callbacks.quantized_evaluation",
     "SparsityMonitor": "lightning_prune.callbacks.monitor",
 }
 
-__all__ = ["LearningCompression", "PruneTrainer", "Pruning", "SparsityMonitor"]
+__all__ = [
+    "LearningCompression",
+    "PruneTrainer",
+    "Pruning",
+    "QuantizationAwareTraining",
+    "QuantizedEvaluation",
+    "SparsityMonitor",
+]
 __all__ += allocation.__all__
 __all__ += criteria.__all__
 __all__ += granularities.__all__

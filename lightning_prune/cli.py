@@ -19,7 +19,13 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 # Imported so that YAML may name their classes without the module: `class_path: Pruning`.
 from lightning_prune import criteria, granularities, moments, rewinding, schedules  # noqa: F401
-from lightning_prune.callbacks import learning_compression, monitor, pruning  # noqa: F401
+from lightning_prune.callbacks import (  # noqa: F401
+    learning_compression,
+    monitor,
+    pruning,
+    quantization_aware_training,
+    quantized_evaluation,
+)
 from lightning_prune.trainer import PruneTrainer
 from lightning_prune.zoo.datasets import TensorDataModule
 

@@ -172,7 +172,7 @@ def quantized_twin(
     # The root has a name in here, so that it can be replaced too.
     root = _Root(inference_copy(model), forward or on_first)
     candidates = {name: layer for name, layer in quantizable(root.model).items() if not settings.excluded(name)}
-    with _generators_kept(calibration, root), _plain_arithmetic(root):
+    with generators_kept(root, calibration), _plain_arithmetic(root):
         batches = _batches(calibration, root)
         first = next(batches, None)
         if first is None:
@@ -312,7 +312,7 @@ def _batches(calibration: Iterable[Any], model: nn.Module) -> Iterator[tuple[Any
 
 
 @contextlib.contextmanager
-def _generators_kept(calibration: Iterable[Any], model: nn.Module) -> Iterator[None]:
+def generators_kept(model: nn.Module, calibration: Iterable[Any] = ()) -> Iterator[None]:
     """Puts back the states of all random generators that reading data or running the model may move."""
     generator = getattr(calibration, "generator", None)
     own = generator.get_state() if isinstance(generator, torch.Generator) else None
