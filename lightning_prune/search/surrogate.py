@@ -164,7 +164,7 @@ class Surrogate:
             score = -0.5 * (white**2).sum(axis=1) - np.log(diagonal).sum(axis=1)
             top = int(score.argmax())
             if score[top] > best:
-                best, root = float(score[top]), roots[top, :count, :count]
+                best, root = float(score[top]), np.asarray(roots[top, :count, :count], dtype=np.float64)
                 weights = np.linalg.solve(root.T, white[top])
                 found = replace(self, weights=weights, root=root, length=length, amplitude=amplitude, noise=noises[top])
         return found

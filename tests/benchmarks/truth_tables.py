@@ -192,7 +192,7 @@ def _fit(network: nn.Module, images: Tensor, labels: Tensor, epochs: int = 30, b
     for _ in range(epochs):
         for rows in torch.randperm(len(images)).split(batch):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(network(images[rows]), labels[rows]).backward()  # type: ignore[no-untyped-call]
+            nn.functional.cross_entropy(network(images[rows]), labels[rows]).backward()
             optimizer.step()
             schedule.step()
 

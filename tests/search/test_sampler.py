@@ -350,7 +350,8 @@ def test_where_nothing_is_accurate_enough_drops_get_smaller() -> None:
     cheaper = [plan for plan, cost in zip(plans, found.cost(np.array(plans)), strict=True) if cost < found.dense_cost]
     least = sorted(drop(plan) for plan in cheaper)
     assert len(least) > 1000
-    assert min(drops[:12]) <= least[2]
+    # Not what would save most, but what loses least, as soon as the level set is known to lie near dense.
+    assert max(drops[5:9]) <= least[4]
 
 
 def test_where_even_the_dense_network_fails_its_neighbourhood_is_searched() -> None:
