@@ -353,13 +353,14 @@ def test_errors_of_others_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
         main(["fit", *configs("digits"), *ON_CPU, *QUIET, "--trainer.fast_dev_run=true"])
 
 
+def listening() -> None:
+    """For `preexec_fn`: a shell that puts the tests in the background has their children ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def test_interrupt_ends_without_a_traceback() -> None:
     endless = ["--trainer.max_epochs=100000", "--trainer.callbacks=null", *ON_CPU, *QUIET]
     arguments = launch("fit", *configs("digits"), *endless)
-
-    def listening() -> None:  # a shell that puts the tests in the background has their children ignore SIGINT
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
     with subprocess.Popen(
         arguments, env=environment(), stderr=subprocess.PIPE, text=True, preexec_fn=listening
     ) as process:

@@ -30,7 +30,7 @@ from lightning_prune.commands.validation import validated
 from lightning_prune.search.result import SearchResult
 from lightning_prune.trainer import PruneTrainer
 from tests.support import Tiny, loader
-from tests.test_cli import ON_CPU, QUIET, ROOT, configs, environment, error_of, launch
+from tests.test_cli import ON_CPU, QUIET, ROOT, configs, environment, error_of, launch, listening
 
 NETWORK = [*configs("digits", "mlp"), "--model.network.widths=[64,24,10]", *ON_CPU, *QUIET]
 SETTINGS = ["--objective=macs", "--sampler=optuna.samplers.RandomSampler", "--sampler.seed=0"]
@@ -363,7 +363,7 @@ def test_ctrl_c_says_how_to_go_on() -> None:
     command = launch("search", *NETWORK, *SETTINGS, "--recovery=none", "--trainer.max_epochs=1", "--profile=d.json")
     command += ["--output=out", "--n_trials=400", "--calibration_examples=64", "--names=[network.layers.*]"]
     process = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listening
     )
     try:
         give_up = time.monotonic() + 120
