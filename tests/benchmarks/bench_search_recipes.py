@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class Task:
         """Fine-tuned with its zeros kept: the best epoch on validation data."""
         model = copy.deepcopy(self.model)
         model.load_state_dict(network.state_dict())
-        best = ModelCheckpoint(f"/tmp/{self.name}-recovery", monitor="val_acc_at_target", mode="max")
+        best = ModelCheckpoint(tempfile.mkdtemp(), monitor="val_acc_at_target", mode="max")
         trainer = quiet_trainer(self.recovery_epochs, [Pruning(plan, OneShot(), scope="local", end=0.01), best])
         trainer.fit(model, datamodule=self.data)
         model.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
@@ -90,7 +91,7 @@ def mnist(seed: int) -> Task:
     torch.manual_seed(seed)
     data: Any = MNIST(batch_size=128)
     model = Classifier(HanCNN(), input_shape=[1, 28, 28])
-    best = ModelCheckpoint("/tmp/mnist-dense", monitor="val_acc", mode="max")
+    best = ModelCheckpoint(tempfile.mkdtemp(), monitor="val_acc", mode="max")
     quiet_trainer(3, [best]).fit(model, datamodule=data)
     model.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
     return task("mnist", model, data, 16, recovery_epochs=1)
