@@ -109,6 +109,7 @@ class PruneCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse the arguments, from Python too without LightningCLI's warning about `sys.argv`."""
+        self.arguments = list(args) if isinstance(args, list) else sys.argv[1:]
         if isinstance(args, list):
             self.config = parser.parse_args(args)
         else:
@@ -119,6 +120,13 @@ class PruneCLI(LightningCLI):
         config = self.config.get(str(self.subcommand), self.config)
         if config.trainer.name is None and config.get("config"):
             config.trainer.name = "-".join(Path(str(file)).stem for file in config.config)
+
+    def instantiate_trainer(self, **kwargs: Any) -> PruneTrainer:
+        """Tell the Trainer what it was called with, for what it writes of a run."""
+        trainer = super().instantiate_trainer(**kwargs)
+        assert isinstance(trainer, PruneTrainer)
+        trainer.command = ("lightning-prune", *self.arguments)
+        return trainer
 
     def after_instantiate_classes(self) -> None:
         """Silence Lightning's advice to load tensors that are in memory already in more processes."""

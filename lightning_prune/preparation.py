@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_map_only
 
 from lightning_prune.folding import fold_batch_norm, plain
 from lightning_prune.kernels import NHWC, LayerKernel, Workload
-from lightning_prune.kernels.simd import SparseLayer
 from lightning_prune.kernels.workload import runnable
 from lightning_prune.layers import LayerTable, layer_table
 from lightning_prune.pooling import pool_through_nhwc
@@ -75,7 +74,7 @@ class Prepared:
         network = in_layout(self.model, layout)
         for name, kernel in kernels.items():
             put(network, name, self.built(name, kernel))
-        if any(getattr(module, "relu", False) for module in network.modules()):
+        if any(self._rectifies(name, kernel) for name, kernel in kernels.items()):
             skip_rectified(network)
         return network
 
@@ -84,11 +83,15 @@ class Prepared:
         layer = self.layers[name]
         built = kernel.build(layer)
         border = self.borders.get(name)
-        if border is None or not isinstance(layer, nn.Conv2d):
-            if isinstance(built, SparseLayer):
-                built.relu = name in self.rectified
-            return built
-        return Border(built, border.weight, border.values, layer)
+        if border is not None and isinstance(layer, nn.Conv2d):
+            return Border(built, border.weight, border.values, layer)
+        if self._rectifies(name, kernel):
+            built.relu = True  # type: ignore[assignment]
+        return built
+
+    def _rectifies(self, name: str, kernel: LayerKernel) -> bool:
+        """Whether a kernel takes the work of the ReLU behind a layer; what a border adds comes before the ReLU."""
+        return kernel.rectifies and name in self.rectified and name not in self.borders
 
 
 def inference_copy(model: nn.Module) -> nn.Module:

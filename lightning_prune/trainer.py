@@ -44,6 +44,9 @@ class PruneTrainer(Trainer):
         True
     """
 
+    command: Sequence[str] = ()
+    """The command line that made the Trainer, from the program's name on; empty where Python did."""
+
     def __init__(
         self,
         *,

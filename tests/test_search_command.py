@@ -154,7 +154,7 @@ def test_search_writes_a_result_and_a_recipe_that_prunes_to_the_plan(capsys: pyt
     text = Path("out", "recipe.yaml").read_text()
     header = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
     for pattern in (
-        r"command: lightning-prune ",
+        r"command: lightning-prune search .*--recovery=one_shot",
         r"dense checkpoint: .*\.ckpt, best epoch \d",
         rf"val_acc: {found['accuracy']:.6g}, dense {found['dense_accuracy']:.6g}, drop .* of at most 0\.2",
         r"before recovery: 0\.\d+; recovery one_shot, 2 epochs, best epoch [01]",

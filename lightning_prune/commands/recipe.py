@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,9 +66,9 @@ def _prunes(callback: Any) -> bool:
 def _about(trainer: Trainer, result: SearchResult) -> list[str]:
     details = result.details
     lines = ["Found by a sparsity search; train with it: lightning-prune fit --config recipe.yaml"]
-    if any(isinstance(callback, SaveConfigCallback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        command = shlex.join(["lightning-prune", *map(shown, sys.argv[1:])])
-        lines.append("command: " + " ".join(command.split()))
+    command = getattr(trainer, "command", ())
+    if command:
+        lines.append("command: " + " ".join(shlex.join(map(shown, command)).split()))
     lines += [
         f"dense checkpoint: {details.get('dense_checkpoint')}, best epoch {details.get('dense_epoch')}",
         f"{result.metric}: {result.accuracy:.6g}, dense {result.dense_accuracy:.6g}, "

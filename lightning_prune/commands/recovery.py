@@ -1,23 +1,25 @@
-"""Fine-tuning of a search's winner, its zeros kept."""
+"""Fine-tuning of a search's candidates and of its winner, their zeros kept."""
 
 from __future__ import annotations
 
 import copy
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import random
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from lightning_prune.callbacks.learning_compression import LearningCompression
 from lightning_prune.callbacks.pruning import Pruning
+from lightning_prune.commands.validation import keyboard_interrupts
 from lightning_prune.moments import Epochs
 from lightning_prune.plan import SparsityPlan
 from lightning_prune.preparation import inference_copy
@@ -79,7 +81,15 @@ class Recovery:
             mode=self.mode,
             enable_version_counter=False,
         )
-        sibling = self._sibling([RECOVERIES[self.kind](plan), best])
+        sibling = _sibling(
+            self.trainer,
+            [RECOVERIES[self.kind](plan), best],
+            max_epochs=self.epochs,
+            limit_val_batches=self.trainer.limit_val_batches,
+            logger=TensorBoardLogger(self.folder, name="recovery", version=""),
+            enable_progress_bar=self.trainer.progress_bar_callback is not None,
+            log_every_n_steps=self.trainer.log_every_n_steps,  # type: ignore[attr-defined]
+        )
         model = copy.deepcopy(_detached(self.model))
         model.load_state_dict(repaired.state_dict())
         with keyboard_interrupts():
@@ -91,41 +101,77 @@ class Recovery:
             self.details |= {"best_epoch": int(checkpoint["epoch"]), "best_metric": float(best.best_model_score)}  # type: ignore[arg-type]
         return inference_copy(_detached(model)).to(self.trainer.strategy.root_device)
 
-    def _sibling(self, callbacks: list[Callback]) -> Trainer:
-        """A Trainer like the one of the search, for this training."""
-        given: Any = self.trainer
-        limits = {name: getattr(given, name) for name in ("limit_train_batches", "limit_val_batches")}
-        return Trainer(
-            max_epochs=self.epochs,
-            callbacks=callbacks,
-            logger=TensorBoardLogger(self.folder, name="recovery", version=""),
-            accelerator="cpu" if given.strategy.root_device.type == "cpu" else "auto",
-            devices=1,
-            precision=given.precision,
-            gradient_clip_val=given.gradient_clip_val,
-            gradient_clip_algorithm=given.gradient_clip_algorithm,
-            accumulate_grad_batches=given.accumulate_grad_batches,
-            # Lightning comments on limits that are given and are none.
-            **{name: limit for name, limit in limits.items() if limit != 1.0},
-            num_sanity_val_steps=0,
-            enable_progress_bar=given.progress_bar_callback is not None,
-            enable_model_summary=False,
-            log_every_n_steps=given.log_every_n_steps,
+
+class Tuning:
+    """Fine-tunes candidates of a search for some steps, their zeros kept: each on the same batches, with one seed.
+
+    Optimizer and learning rate are the model's own, as in any other training.
+
+    Args:
+        trainer: as for `Recovery`.
+        model: whose training it is; it is not changed.
+        datamodule: with the training data.
+        steps: of the optimizer, at least 1.
+        seed: of the order of examples, and of everything else that training draws.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        model: LightningModule,
+        datamodule: LightningDataModule | None,
+        *,
+        steps: int,
+        seed: int = 0,
+    ) -> None:
+        self.trainer, self.model, self.datamodule = trainer, model, datamodule
+        self.steps, self.seed = steps, seed
+
+    def __call__(self, network: nn.Module, plan: SparsityPlan) -> None:
+        """Train the network in place.
+
+        Raises:
+            KeyboardInterrupt: as everywhere; Lightning would end the process.
+        """
+        sibling = _sibling(
+            self.trainer,
+            [RECOVERIES["one_shot"](plan)],
+            max_epochs=-1,
+            max_steps=self.steps,
+            limit_val_batches=0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
         )
+        model = copy.deepcopy(_detached(self.model))
+        model.load_state_dict(network.state_dict())
+        with keyboard_interrupts(), isolate_rng(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what there is to say was said when the dense network was trained
+            random.seed(self.seed)
+            np.random.seed(self.seed)
+            torch.manual_seed(self.seed)
+            sibling.fit(model, datamodule=self.datamodule)
+        network.load_state_dict(model.state_dict())
 
 
-@contextmanager
-def keyboard_interrupts() -> Iterator[None]:
-    """Lets Ctrl-C during a training be a KeyboardInterrupt, of which Lightning makes the end of the process."""
-    handler = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
-    try:
-        yield
-    except SystemExit as error:
-        if not isinstance(error.__context__, KeyboardInterrupt):
-            raise
-        if handler is not None:
-            signal.signal(signal.SIGINT, handler)
-        raise KeyboardInterrupt from None
+def _sibling(trainer: Trainer, callbacks: list[Callback], **settings: Any) -> Trainer:
+    """A Trainer like the one of the search, for another training."""
+    given: Any = trainer
+    # Lightning comments on limits that are given and are none.
+    limits = {"limit_train_batches": given.limit_train_batches, "limit_val_batches": settings.pop("limit_val_batches")}
+    return Trainer(
+        callbacks=callbacks,
+        accelerator="cpu" if given.strategy.root_device.type == "cpu" else "auto",
+        devices=1,
+        precision=given.precision,
+        gradient_clip_val=given.gradient_clip_val,
+        gradient_clip_algorithm=given.gradient_clip_algorithm,
+        accumulate_grad_batches=given.accumulate_grad_batches,
+        **{name: limit for name, limit in limits.items() if limit != 1.0},
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+        **settings,
+    )
 
 
 def _detached(model: LightningModule) -> LightningModule:

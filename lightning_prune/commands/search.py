@@ -20,8 +20,8 @@ from torch import nn
 from lightning_prune.commands.evaluation import Validation
 from lightning_prune.commands.network import example_inputs, network_of, torch_threads
 from lightning_prune.commands.recipe import write_recipe
-from lightning_prune.commands.recovery import RECOVERIES, Recovery, keyboard_interrupts
-from lightning_prune.commands.validation import require_validation
+from lightning_prune.commands.recovery import RECOVERIES, Recovery
+from lightning_prune.commands.validation import keyboard_interrupts, require_validation
 from lightning_prune.latency import DeviceProfile, calibrate
 from lightning_prune.latency.machine import Machine
 from lightning_prune.layers import layer_table

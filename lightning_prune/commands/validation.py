@@ -58,23 +58,30 @@ def validated(
     """
     step = network.validation_step
     callbacks, loggers = trainer.callbacks, trainer.loggers  # type: ignore[attr-defined]
-    on_main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGINT) if on_main else None
     trainer.callbacks, trainer.loggers = [], []  # type: ignore[attr-defined]
     if replace_step is not None:  # Lightning looks at the signature, which wraps() keeps
         network.__dict__["validation_step"] = wraps(step)(replace_step(step))
     try:
-        trainer.validate(network, datamodule=datamodule, verbose=False)
+        with keyboard_interrupts():
+            trainer.validate(network, datamodule=datamodule, verbose=False)
+    finally:
+        network.__dict__.pop("validation_step", None)
+        trainer.callbacks, trainer.loggers = callbacks, loggers  # type: ignore[attr-defined]
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+@contextlib.contextmanager
+def keyboard_interrupts() -> Iterator[None]:
+    """Lets Ctrl-C in a Trainer be a KeyboardInterrupt, of which Lightning makes the end of the process."""
+    handler = signal.getsignal(signal.SIGINT) if threading.current_thread() is threading.main_thread() else None
+    try:
+        yield
     except SystemExit as error:
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
         if handler is not None:
             signal.signal(signal.SIGINT, handler)
         raise KeyboardInterrupt from None
-    finally:
-        network.__dict__.pop("validation_step", None)
-        trainer.callbacks, trainer.loggers = callbacks, loggers  # type: ignore[attr-defined]
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def step_totals(network: LightningModule, step: Callable[[], Any], batch: Any) -> Totals:

@@ -39,6 +39,9 @@ class LayerKernel(ABC):
     uses_sparsity: bool = True
     """Whether its time depends on what is left of the weight."""
 
+    rectifies: bool = False
+    """Whether what it builds has an attribute `relu`, with which it rectifies and marks its results."""
+
     @property
     @abstractmethod
     def name(self) -> str:

@@ -134,6 +134,8 @@ class SIMD(LayerKernel):
     The C++ behind it is built on the first use, for the machine at hand.
     """
 
+    rectifies = True
+
     @property
     def name(self) -> str:
         """`simd`."""

@@ -160,7 +160,7 @@ class Bytes(_Additive):
 
     def layer(self, spec: LayerSpec, sparsity: float) -> float:
         """Of the layer's weight."""
-        return float(min(4 * spec.params, 4 * spec.nonzeros(sparsity) + math.ceil(spec.params / 8)))
+        return float(_weight_bytes(spec, sparsity))
 
 
 class Memory(Bytes):
@@ -202,7 +202,7 @@ class Energy(_Additive):
 
     def layer(self, spec: LayerSpec, sparsity: float) -> float:
         """Of the layer's multiplications and its weight's bytes."""
-        weight_bytes = min(4 * spec.params, 4 * spec.nonzeros(sparsity) + math.ceil(spec.params / 8))
+        weight_bytes = _weight_bytes(spec, sparsity)
         return spec.kept_macs(sparsity) * self.joules_per_mac + weight_bytes * self.joules_per_byte
 
     def fixed(self, table: LayerTable) -> float:
@@ -241,6 +241,11 @@ def objective_of(objective: str | Objective, batch_size: int) -> Objective:
     if not isinstance(objective, str) or objective not in OBJECTIVES:
         raise ValueError(f"objective is one of {sorted(OBJECTIVES)} or an Objective, got {objective!r}")
     return OBJECTIVES[objective](batch_size)
+
+
+def _weight_bytes(spec: LayerSpec, sparsity: float) -> int:
+    """Of float32, dense or with a bit a weight that says where the nonzeros are."""
+    return min(4 * spec.params, 4 * spec.nonzeros(sparsity) + math.ceil(spec.params / 8))
 
 
 def _least_sum(tables: Sequence[CostTable]) -> Callable[[Ints], Floats]:

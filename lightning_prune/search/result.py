@@ -21,7 +21,7 @@ _SCHEMA = "lightning-prune/search-result/1"
 _FLOAT32 = 2.0**-23
 
 
-def drop_of(value: float, dense: float, mode: str, max_drop: float) -> float:
+def drop_of(value: float, dense: float, mode: str, max_drop: float | None) -> float:
     """By how much a metric fell short of the dense network's; negative where it is better.
 
     Where float32 cannot tell the drop from the threshold it is the threshold: 0.9 - 0.89 is above 0.01 otherwise.
@@ -30,7 +30,7 @@ def drop_of(value: float, dense: float, mode: str, max_drop: float) -> float:
         value: of the metric; where it is no finite number the drop is infinite.
         dense: of the dense network.
         mode: "max" where higher is better, "min" where lower is.
-        max_drop: the threshold.
+        max_drop: the threshold; None where there is none.
 
     >>> drop_of(0.89, 0.9, "max", 0.01), drop_of(float("nan"), 0.9, "max", 0.01)
     (0.01, inf)
@@ -38,7 +38,8 @@ def drop_of(value: float, dense: float, mode: str, max_drop: float) -> float:
     drop = dense - value if mode == "max" else value - dense
     if not math.isfinite(drop):
         return math.inf
-    return max_drop if abs(drop - max_drop) <= 2 * _FLOAT32 * max(abs(dense), abs(value)) else drop
+    near = max_drop is not None and abs(drop - max_drop) <= 2 * _FLOAT32 * max(abs(dense), abs(value))
+    return max_drop if near and max_drop is not None else drop
 
 
 @dataclass(frozen=True)

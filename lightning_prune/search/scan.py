@@ -263,8 +263,8 @@ def require_weights_alone(criterion: Criterion) -> None:
     if criterion.uses_gradient or criterion.uses_initial:
         needs = "gradients" if criterion.uses_gradient else "the weights before training"
         raise ValueError(
-            f"sensitivity prunes without training, and {criterion} needs {needs}; give one that looks at the weights "
-            "alone, such as Magnitude()"
+            f"layers are pruned here without training, and {criterion} needs {needs}; give one that looks at the "
+            "weights alone, such as Magnitude()"
         )
 
 

@@ -8,11 +8,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import numpy as np
-
 from lightning_prune.search.claims import Terms, Verdict, evaluated, evaluating, feasible, incumbent_cost, verdict
 from lightning_prune.search.interrupts import Interrupts
 from lightning_prune.search.parameters import suggested
+from lightning_prune.search.result import drop_of
 from lightning_prune.search.space import Candidate, SearchSpace
 from lightning_prune.search.workers import Worker, retry_dead
 
@@ -33,8 +32,6 @@ _DECIDING_S = 10.0
 
 _SILENCE_S = 60.0
 """At least as long others may evaluate before they are taken for dead, where there are no heartbeats."""
-
-_FLOAT32 = float(np.finfo(np.float32).eps)
 
 
 class Run:
@@ -185,13 +182,9 @@ class Run:
         return value, time.perf_counter() - began_s
 
     def _drop(self, value: float) -> float:
-        """How much is lost, on the threshold where float32 cannot tell the two apart."""
-        dense, limit = self.terms.dense_accuracy, self.terms.max_drop
-        if not math.isfinite(value):
-            return DIVERGED
-        drop = dense - value if self.mode == "max" else value - dense
-        near = limit is not None and abs(drop - limit) <= 2 * _FLOAT32 * max(abs(dense), abs(value))
-        return float(limit) if near and limit is not None else drop
+        """How much is lost, as a number that storages keep."""
+        drop = float(drop_of(value, self.terms.dense_accuracy, self.mode, self.terms.max_drop))
+        return drop if math.isfinite(drop) else DIVERGED
 
     def _after(self, study: Study, trial: FrozenTrial) -> None:
         """Between two trials."""

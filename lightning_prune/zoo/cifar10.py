@@ -44,9 +44,12 @@ class CIFAR10(TensorDataModule):
             `auto`, the first of these that is there, with a warning where it is not the full original.
         batch_size: Examples per batch.
         augment: Random crops (four pixels) and mirror images while training.
-        val_share: Share of every training class that is held out for validation, in (0, 1).
+        val_share: Share of every training class (or test class, see below) that is held out for validation, in (0, 1).
         download: Let torchvision download the data where no layout is there.
         split_seed: Selects the split, which does not depend on the seed of the run.
+        val_from: Which images validation is held out from. `train` where the network has still to be trained. `test`
+            for published weights, which know all training images: then the other test images are the test set, and
+            all training images are trained on.
 
     Raises:
         FileNotFoundError: The chosen layout is missing and may not, or could not, be downloaded.
@@ -63,13 +66,17 @@ class CIFAR10(TensorDataModule):
         val_share: float = 0.1,
         download: bool = True,
         split_seed: int = 0,
+        val_from: Literal["train", "test"] = "train",
     ) -> None:
         super().__init__(batch_size)
+        if val_from not in ("train", "test"):
+            raise ValueError(f"CIFAR10 holds validation images out from 'train' or 'test', got val_from={val_from!r}.")
         self.variant = variant
         self.augment = augment
         self.val_share = val_share
         self.download = download
         self.split_seed = split_seed
+        self.val_from = val_from
 
     def prepare_data(self) -> None:
         """Download what is missing, once per machine."""
@@ -90,9 +97,10 @@ class CIFAR10(TensorDataModule):
             "lossless_subset": _read_subset,
             "jpeg": _read_jpeg,
         }
-        (images, labels), test = readers[layout](folder)
+        parts = dict(zip(("train", "test"), readers[layout](folder), strict=True))
+        images, labels = parts[self.val_from]
         rest, val = stratified_split(labels, self.val_share, self.split_seed)
-        parts = {"train": (images[rest], labels[rest]), "val": (images[val], labels[val]), "test": test}
+        parts |= {self.val_from: (images[rest], labels[rest]), "val": (images[val], labels[val])}
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
         return {
             name: ImageTensors(*part, mean, std, augment=self.augment and name == "train")

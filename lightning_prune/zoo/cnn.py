@@ -76,11 +76,14 @@ class HanCNN(nn.Module):
         self.fc1 = nn.Linear(576, 256)
         self.fc2 = nn.Linear(256, 10)
         self.dropout = nn.Dropout(dropout)
+        # As modules, which `accelerate` can put something faster in the place of.
+        self.pool = nn.MaxPool2d(2)
+        self.relu = nn.ReLU()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits, shape `[batch, 10]`."""
-        x = self.conv1(x).relu()
-        x = self.dropout(functional.max_pool2d(self.conv2(x), 2).relu())
-        x = self.dropout(functional.max_pool2d(self.conv3(x), 2).relu())
-        x = self.dropout(self.fc1(x.flatten(1)).relu())
+        x = self.relu(self.conv1(x))
+        x = self.dropout(self.relu(self.pool(self.conv2(x))))
+        x = self.dropout(self.relu(self.pool(self.conv3(x))))
+        x = self.dropout(self.relu(self.fc1(x.flatten(1))))
         return self.fc2(x)  # type: ignore[no-any-return]
