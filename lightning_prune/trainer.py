@@ -249,6 +249,8 @@ class PruneTrainer(Trainer):
         storage: str | None = None,
         study_name: str | None = None,
         profile: str | Path = "device.json",
+        repair: Literal["layerwise", "sequential"] = "layerwise",
+        tuning_steps: int = 0,
         recovery: str = "one_shot",
         recovery_epochs: int = 10,
         calibration_examples: int = 512,
@@ -284,6 +286,11 @@ class PruneTrainer(Trainer):
                 (sqlite:///, postgresql://, mysql://) or a journal file; by default `study.db` in the output folder.
             study_name: Of the study; workers that give the same name and storage share it.
             profile: File of the device profile; it is made, or extended for this network, where need be.
+            repair: How the kept weights of a candidate are fitted by least squares: layerwise, each layer on the inputs
+                it has in the dense network, once for all candidates; or sequential, on those that the repaired layers
+                before it give, anew for each candidate: slower, and more accurate where much is removed.
+            tuning_steps: Steps of fine-tuning that every candidate gets before it is measured, on the same batches;
+                with them the threshold is not held by networks that have not been trained at all.
             recovery: How the winner is fine-tuned: one_shot, agp, rewind (learning-rate rewinding), lc
                 (learning-compression) or none.
             recovery_epochs: Epochs of it; the best one counts.
@@ -322,6 +329,8 @@ class PruneTrainer(Trainer):
             storage=storage,
             study_name=study_name,
             profile=profile,
+            repair=repair,
+            tuning_steps=tuning_steps,
             recovery=recovery,
             recovery_epochs=recovery_epochs,
             calibration_examples=calibration_examples,

@@ -203,6 +203,27 @@ def test_recovery_keeps_patterns(scheme: str) -> None:
         assert dead == round(result.plan[name] * pooled.numel()) or scheme in ("nm", "mixed")
 
 
+def test_candidates_are_fine_tuned_before_they_are_measured() -> None:
+    model, by = Wide(), trainer()
+    by.fit(model, datamodule=TinyData())
+    by.save_checkpoint("dense.ckpt")
+    given = {"ckpt_path": "dense.ckpt", "n_trials": 4}
+    bare = by_python(output="bare", **given)
+    result = by_python(tuning_steps=12, repair="sequential", recovery="one_shot", recovery_epochs=1, **given)
+    assert bare.details["candidates"] == "layerwise repair"
+    assert result.details["candidates"] == "sequential repair, fine-tuned for 12 steps"
+    assert json.loads(Path("out", "search_result.json").read_text())["details"]["candidates"]
+    assert result.model is not None
+    for name, sparsity in result.plan.items():
+        weight = result.model.get_parameter(name)
+        assert int((weight == 0).sum()) == round(sparsity * weight.numel())
+    # Steps bring accuracy back, so that more can go.
+    assert result.cost < bare.cost
+    assert result.accuracy >= result.search_accuracy
+    with pytest.raises(ValueError, match="another repair or fine-tuning of candidates"):
+        by_python(tuning_steps=3, **given)
+
+
 def test_a_checkpoint_is_not_trained_and_the_model_not_changed() -> None:
     model, by = Wide(), trainer()
     by.fit(model, datamodule=TinyData())
@@ -279,6 +300,7 @@ class TestRefused:
             (["--recovery=hope"], "recovery is one of ['agp', 'lc', 'none', 'one_shot', 'rewind'], got 'hope'"),
             (["--recovery=agp", "--recovery_epochs=0"], "recovery trains for at least one epoch"),
             (["--n_trials=1"], "n_trials is at least 2, got 1"),
+            (["--tuning_steps=-1"], "candidates are tuned for some steps, or for none (0), got tuning_steps=-1"),
             (["--calibration_examples=0"], "repairing needs examples, got calibration_examples=0"),
             (["--levels=[0.5,1.5]"], "levels are shares removed, in (0, 1), got [0.5, 1.5]"),
             (["--names=[network.layer.0.weight]"], "closest: 'network.layers.0.weight'"),

@@ -20,7 +20,7 @@ from torch import nn
 from lightning_prune.commands.evaluation import Validation
 from lightning_prune.commands.network import example_inputs, network_of, torch_threads
 from lightning_prune.commands.recipe import write_recipe
-from lightning_prune.commands.recovery import RECOVERIES, Recovery
+from lightning_prune.commands.recovery import RECOVERIES, Recovery, Tuning
 from lightning_prune.commands.validation import keyboard_interrupts, require_validation
 from lightning_prune.latency import DeviceProfile, calibrate
 from lightning_prune.latency.machine import Machine
@@ -61,6 +61,8 @@ def run(
     storage: str | None,
     study_name: str | None,
     profile: str | Path,
+    repair: Literal["layerwise", "sequential"],
+    tuning_steps: int,
     recovery: str,
     recovery_epochs: int,
     calibration_examples: int,
@@ -72,7 +74,7 @@ def run(
 ) -> SearchResult:
     """See `PruneTrainer.search`."""
     require_settings(max_drop, metric, mode, n_trials, timeout)
-    _check(objective, recovery, recovery_epochs, calibration_examples)
+    _check(objective, tuning_steps, recovery, recovery_epochs, calibration_examples)
     require_validation(trainer, model)
     out = console()
     folder = Path(output or trainer.log_dir or trainer.default_root_dir)
@@ -129,6 +131,8 @@ def run(
                 storage=opened,
                 study_name=name,
                 chance=_chance(model, metric, mode),
+                repair=repair,
+                tune=Tuning(trainer, model, datamodule, steps=tuning_steps) if tuning_steps else None,
                 recover=recover,
                 confirm=validation.whole if validation.partial else None,
                 on_trial=events.on_trial,
@@ -155,8 +159,10 @@ def run(
     return result
 
 
-def _check(objective: str, recovery: str, recovery_epochs: int, calibration_examples: int) -> None:
+def _check(objective: str, tuning_steps: int, recovery: str, recovery_epochs: int, calibration_examples: int) -> None:
     objective_of(objective, 1)
+    if tuning_steps < 0:
+        raise ValueError(f"candidates are tuned for some steps, or for none (0), got tuning_steps={tuning_steps!r}")
     if recovery not in (*RECOVERIES, "none"):
         raise ValueError(f"recovery is one of {sorted([*RECOVERIES, 'none'])}, got {recovery!r}")
     if recovery != "none" and recovery_epochs < 1:

@@ -29,6 +29,7 @@ _WHAT = {
     "mode": "another mode",
     "max_drop": "another threshold",
     "objective": "another objective",
+    "candidates": "another repair or fine-tuning of candidates",
     "names": "another network, or other layers of it",
     "space": "other levels, granularities or groups",
     "errors": "other errors per level, so other weights or calibration data",
@@ -94,9 +95,9 @@ def joined(
             f"the study {name!r} was not made by this version of lightning-prune (its schema is {schema!r}, not "
             f"{about['schema']!r}); choose another study_name"
         )
-    differing = [key for key in _WHAT if not _same(found.get(key), about[key], _TOLERANCE.get(key, 0.0))]
+    differing = [key for key in _WHAT if not _same(found.get(key), about.get(key), _TOLERANCE.get(key, 0.0))]
     if differing:
-        listed = "; ".join(f"{_WHAT[key]}{_values(found.get(key), about[key])}" for key in differing)
+        listed = "; ".join(f"{_WHAT[key]}{_values(found.get(key), about.get(key))}" for key in differing)
         raise ValueError(
             f"the study {name!r} is taken, it is about something else: {listed}. Choose another study_name, or give "
             "what the study began with"

@@ -87,6 +87,11 @@ class Library:
             progress(name)
         self.errors: Floats = np.array([errors[name] for name in self.names], dtype=np.float64)
 
+    def masks(self, choices: Sequence[int]) -> dict[str, Tensor]:
+        """Which weights one level per layer keeps, of the layers that are pruned at all."""
+        levels = {name: self._levels[name][choice] for name, choice in zip(self.names, choices, strict=True) if choice}
+        return {name: level.kept for name, level in levels.items()}
+
     def removed(self, choices: Sequence[int]) -> dict[str, int]:
         """How many weights of each layer one level per layer removes."""
         levels = {name: self._levels[name][choice] for name, choice in zip(self.names, choices, strict=True)}

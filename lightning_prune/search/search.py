@@ -20,6 +20,7 @@ from lightning_prune.latency.machine import Machine
 from lightning_prune.layers import layer_table
 from lightning_prune.plan import SparsityPlan
 from lightning_prune.preparation import inference_copy, placement
+from lightning_prune.reconstruction import reconstruct
 from lightning_prune.search.layer_space import layer_rows, layer_space
 from lightning_prune.search.library import Library
 from lightning_prune.search.objectives import Objective, objective_of
@@ -83,6 +84,7 @@ def search_sparsity(
     storage: str | Path | BaseStorage | None = None,
     study_name: str | None = None,
     chance: float | None = None,
+    repair: Literal["layerwise", "sequential"] = "layerwise",
     tune: Callable[[nn.Module, SparsityPlan], None] | None = None,
     recover: Callable[[nn.Module, SparsityPlan], nn.Module] | None = None,
     confirm: Callable[[nn.Module], float] | None = None,
@@ -124,7 +126,10 @@ def search_sparsity(
         storage: where Optuna keeps the study: an URL, a path of an SQLite file, or a storage; in memory by default.
         study_name: of a study that several workers share, or that is resumed.
         chance: what a network that knows nothing reaches; a dense network that is no better is refused.
-        tune: fine-tunes a candidate, in place, before it is evaluated; its zeros must stay.
+        repair: of candidates: "layerwise", by what each layer would need had it the inputs that it has in the dense
+            network, once for all; or "sequential", on the inputs that it gets, by `reconstruct`, for each anew.
+        tune: fine-tunes a candidate, in place, before it is evaluated; its zeros must stay. The winner is recovered
+            from where that ends.
         recover: fine-tunes the winner and returns it; its zeros must stay. Networks come without gradients
             (`requires_grad`) and in eval mode.
         confirm: the metric on all validation data, for the winner and the dense network; `accuracy` by default.
@@ -148,6 +153,8 @@ def search_sparsity(
     from lightning_prune.search.study import minimise
 
     require_settings(max_drop, metric, mode, n_trials, timeout)
+    if repair not in ("layerwise", "sequential"):
+        raise ValueError(f"repair is 'layerwise' or 'sequential', got {repair!r}")
     require_weights_alone(criterion)
     phases = phases or Phases()
     network = inference_copy(model)
@@ -168,11 +175,13 @@ def search_sparsity(
     ):
         library = Library(network, choices, batches, criterion, progress=lambda name: advance(1))
     space = layer_space(table, choices, library.names, library.errors, costs)
-    candidate = inference_copy(model)
+    candidate, candidates = inference_copy(model), _made(repair, tune)
 
     def built(chosen: Sequence[int]) -> nn.Module:
         """The repaired network of one level per layer; one and the same module, unless it is tuned."""
         library.put(candidate, chosen)
+        if repair == "sequential":
+            reconstruct(network, library.masks(chosen), batches).apply(candidate)
         reestimate_batch_norm(candidate, batches)
         if tune is None:
             return candidate
@@ -195,6 +204,7 @@ def search_sparsity(
             storage=opened,
             study_name=study_name,
             objective=goal.name,
+            candidates=candidates,
             progress=progress,
             on_trial=on_trial,
         )
@@ -207,7 +217,12 @@ def search_sparsity(
         unit=goal.unit,
         dense_cost=space.dense_cost,
         model=network,
-        details={"study": outcome.study.study_name, "stopped": outcome.stopped, "seconds": phases.seconds},
+        details={
+            "study": outcome.study.study_name,
+            "stopped": outcome.stopped,
+            "seconds": phases.seconds,
+            "candidates": candidates or "layerwise repair",
+        },
     )
     trial = outcome.best or outcome.nearest
     if trial is None:
@@ -261,6 +276,15 @@ def _loaded(profile: DeviceProfile | str | Path, network: nn.Module) -> DevicePr
     if found.machine.kind != "analytic":
         found.require(Machine.here(*placement(network)))
     return found
+
+
+def _made(repair: str, tune: Any) -> str | None:
+    """How candidates are made, in words; None where it is the usual way."""
+    if repair == "layerwise" and tune is None:
+        return None
+    steps = getattr(tune, "steps", None)
+    tuned = "" if tune is None else ", fine-tuned" if steps is None else f", fine-tuned for {steps} steps"
+    return f"{repair} repair{tuned}"
 
 
 def _require_trained(dense: float, chance: float | None, metric: str, mode: str) -> None:

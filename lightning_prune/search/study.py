@@ -75,6 +75,7 @@ def minimise(
     storage: str | Path | BaseStorage | None = None,
     study_name: str | None = None,
     objective: str = "cost",
+    candidates: str | None = None,
     progress: bool = True,
     on_trial: OnTrial | None = None,
 ) -> Outcome:
@@ -108,6 +109,7 @@ def minimise(
         storage: see `open_storage`; in memory by default.
         study_name: under which it is shared and resumed.
         objective: name of the cost.
+        candidates: how they are made of plans, in words; who joins makes them likewise.
         progress: whether to show a progress bar.
         on_trial: is called with study and trial after each.
 
@@ -129,6 +131,7 @@ def minimise(
         max_drop=float(max_drop),
         objective=objective,
         dense_accuracy=float(dense_accuracy),
+        **({} if candidates is None else {"candidates": candidates}),
     )
     foreign = sampler is not None
     if sampler is None:

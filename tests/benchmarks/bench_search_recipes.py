@@ -1,21 +1,28 @@
-"""The search against plans that need none, on real data: each with the same repair, recovery and kernels.
+"""The search against plans that need none, on real data: each with the same repair, tuning, recovery and kernels.
 
-    python -m tests.benchmarks.bench_search_recipes mnist cifar
+    python -m tests.benchmarks.bench_search_recipes mnist --folder runs/mnist-0
+    python -m tests.benchmarks.bench_search_recipes cifar --folder runs/cifar-0
 
 Data are read from the folder LIGHTNING_PRUNE_DATA. For uniform, ERK, global-magnitude, LAMP and sensitivity-threshold
-plans the sparsest one is sought, by bisection, whose validation accuracy after repair drops by no more than the
-threshold; the search gets the same threshold. All winners are fine-tuned alike, confirmed, and executed in turn.
+plans the sparsest one is sought, by bisection, whose validation accuracy after repair and some steps of fine-tuning
+drops by no more than the threshold; the candidates of the search get the same repair, the same steps and the same
+threshold. All winners are then fine-tuned alike, confirmed, and executed in turn.
+
+Every stage (`--only STAGE`) leaves its result in the folder and is not run again: dense, device, one per plan, search,
+measure. Stages run in this order, so that a run goes on where it was interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import math
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +34,9 @@ from torch import Tensor, nn
 from lightning_prune import LatencyEstimator, Magnitude, OneShot, Pruning, calibrate, layer_table
 from lightning_prune.allocation import erk, global_shares, lamp, sensitivity_threshold, uniform
 from lightning_prune.batch_norm import reestimate_batch_norm
+from lightning_prune.commands.recovery import Tuning
 from lightning_prune.input_statistics import layer_statistics
+from lightning_prune.latency import DeviceProfile
 from lightning_prune.latency.timing import keep_freed_memory, repeated
 from lightning_prune.plan import PlanEntry, SparsityPlan
 from lightning_prune.preparation import inference_copy
@@ -40,222 +49,335 @@ from lightning_prune.targets import parameters
 from lightning_prune.zoo import CIFAR10, MNIST, CIFARResNet, Classifier, HanCNN
 from tests.benchmarks.harness import environment, write_json
 
+LEVELS = (0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.84, 0.87, 0.9, 0.92, 0.935, 0.95, 0.96, 0.97, 0.975, 0.98, 0.985, 0.99, 0.995)
+"""Finer where it matters than the search's default, as bisection is."""
+
+HAN = {"conv1": 0.65, "conv2": 0.95, "conv3": 0.98, "fc1": 0.98, "fc2": 0.90}
+"""The plan made by hand that published Han-style results for this network use."""
+
 _BISECTIONS = 9
-_SWEEPS, _ROUNDS = 9, 5
+_SWEEPS, _ROUNDS = 15, 15
 
 
-@dataclass
-class Task:
-    """A trained network and its data."""
+@dataclass(frozen=True)
+class Settings:
+    """Of a task.
 
-    name: str
-    model: LightningModule
-    data: Any
-    example: Tensor
-    calibration: list[Tensor]
-    validation: list[tuple[Tensor, Tensor]]
-    test: list[tuple[Tensor, Tensor]]
+    Args:
+        train_epochs: of the dense network; 0 where there are published weights.
+        tuning_steps: that every candidate gets.
+        recovery_epochs: that every winner gets.
+        trials: of the search.
+        plans: what the search is compared with.
+    """
+
+    train_epochs: int
+    tuning_steps: int
     recovery_epochs: int
+    trials: int
+    plans: tuple[str, ...]
 
-    def accuracy(self, network: nn.Module, batches: list[tuple[Tensor, Tensor]] | None = None) -> float:
+
+FAMILIES = ("uniform", "erk", "global magnitude", "lamp", "sensitivity threshold")
+SETTINGS = {"mnist": Settings(3, 40, 1, 50, (*FAMILIES, "han")), "cifar": Settings(0, 40, 3, 50, FAMILIES)}
+
+
+def model_of(name: str) -> LightningModule:
+    """Dense, as it is trained."""
+    if name == "mnist":
+        return Classifier(HanCNN(), input_shape=[1, 28, 28])
+    return Classifier(
+        CIFARResNet(20),
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=1e-4),
+        input_shape=[3, 32, 32],
+        initialize_from="cifar_resnets/resnet20-12fca82f.th",
+    )
+
+
+def data_of(name: str, seed: int) -> Any:
+    """MNIST, or CIFAR-10 of which half the test images judge plans and the other half the result."""
+    if name == "mnist":
+        return MNIST(batch_size=128)
+    return CIFAR10(variant="lossless_subset", val_from="test", val_share=0.5, split_seed=seed)
+
+
+def quiet_trainer(**settings: Any) -> Trainer:
+    """Without a word."""
+    return Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, **settings
+    )
+
+
+class Bench:
+    """One task, its trained network, and the folder of its results.
+
+    Args:
+        name: of the task.
+        seed: of training, split and search.
+        max_drop: the threshold.
+        folder: of results.
+        settings: of the task.
+    """
+
+    def __init__(self, name: str, seed: int, max_drop: float, folder: Path, settings: Settings) -> None:
+        self.name, self.seed, self.max_drop, self.folder, self.settings = name, seed, max_drop, folder, settings
+        folder.mkdir(parents=True, exist_ok=True)
+        self.data = data_of(name, seed)
+        self.data.prepare_data()
+        self.data.setup("fit")
+        self.validation = [(x, y) for x, y in self.data.val_dataloader()]
+        self.test = [(x, y) for x, y in self.data.test_dataloader()]
+        self.example = self.validation[0][0][:16].contiguous()
+
+    @cached_property
+    def model(self) -> LightningModule:
+        """Trained here, or elsewhere."""
+        torch.manual_seed(self.seed)
+        model = model_of(self.name)
+        path = self.folder / "dense.pt"
+        if self.settings.train_epochs and not path.exists():
+            best = ModelCheckpoint(tempfile.mkdtemp(), monitor="val_acc", mode="max")
+            quiet_trainer(max_epochs=self.settings.train_epochs, callbacks=[best]).fit(model, datamodule=self.data)
+            torch.save(torch.load(best.best_model_path, weights_only=True)["state_dict"], path)
+        if path.exists():
+            model.load_state_dict(torch.load(path, weights_only=True))
+        model.trainer = None  # type: ignore[assignment]
+        return model
+
+    @cached_property
+    def dense(self) -> nn.Module:
+        return inference_copy(self.model)
+
+    @cached_property
+    def calibration(self) -> list[Tensor]:
+        torch.manual_seed(0)
+        found: list[Tensor] = []
+        for x, _ in self.data.train_dataloader():
+            found.append(x)
+            if sum(map(len, found)) >= 1024:
+                break
+        return found
+
+    @cached_property
+    def table(self) -> Any:
+        return layer_table(self.dense, self.example)
+
+    @cached_property
+    def statistics(self) -> Any:
+        return layer_statistics(self.dense, self.calibration, list(self.table.names))
+
+    @cached_property
+    def profile(self) -> DeviceProfile:
+        path = self.folder / "device.json"
+        return DeviceProfile.load(path) if path.exists() else calibrate(self.dense, self.example, profile=path)
+
+    @cached_property
+    def dense_accuracy(self) -> float:
+        return self.accuracy(self.dense)
+
+    @cached_property
+    def tune(self) -> Tuning | None:
+        steps = self.settings.tuning_steps
+        return Tuning(quiet_trainer(max_epochs=1), self.model, self.data, steps=steps) if steps else None
+
+    def accuracy(self, network: nn.Module, test: bool = False) -> float:
+        """On validation or test data."""
         right = total = 0
         with torch.inference_mode():
-            for x, y in self.validation if batches is None else batches:
+            for x, y in self.test if test else self.validation:
                 right += int((network(x).argmax(1) == y).sum())
                 total += len(y)
         return right / total
 
     def recover(self, network: nn.Module, plan: SparsityPlan) -> nn.Module:
         """Fine-tuned with its zeros kept: the best epoch on validation data."""
+        torch.manual_seed(self.seed)
         model = copy.deepcopy(self.model)
         model.load_state_dict(network.state_dict())
         best = ModelCheckpoint(tempfile.mkdtemp(), monitor="val_acc_at_target", mode="max")
-        trainer = quiet_trainer(self.recovery_epochs, [Pruning(plan, OneShot(), scope="local", end=0.01), best])
+        pruning = Pruning(plan, OneShot(), scope="local", end=0.01)
+        trainer = quiet_trainer(max_epochs=self.settings.recovery_epochs, callbacks=[pruning, best])
         trainer.fit(model, datamodule=self.data)
         model.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
         return inference_copy(model)
 
+    def candidate(self, plan: SparsityPlan) -> nn.Module:
+        """What the search gives its candidates: one-shot by magnitude, least squares, BatchNorm, some steps."""
+        network = inference_copy(self.dense)
+        own, whole = parameters(network), parameters(self.dense)
+        with torch.no_grad():
+            for name, share in plan.items():
+                if share == 0:
+                    continue
+                masks = one_shot_masks(inference_copy(self.dense), name, [PlanEntry(share)], Magnitude())
+                bias_name = f"{name.rpartition('.')[0]}.bias"
+                [done] = repair(whole[name], masks, self.statistics[name], bias=whole.get(bias_name))
+                own[name].copy_(done.weight)
+                if done.bias is not None:
+                    own[bias_name].copy_(done.bias)
+        reestimate_batch_norm(network, self.calibration)
+        if self.tune is not None:
+            self.tune(network, plan)
+        return network.eval()
 
-def quiet_trainer(epochs: int, callbacks: list[Any]) -> Trainer:
-    return Trainer(
-        max_epochs=epochs,
-        callbacks=callbacks,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-
-
-def mnist(seed: int) -> Task:
-    torch.manual_seed(seed)
-    data: Any = MNIST(batch_size=128)
-    model = Classifier(HanCNN(), input_shape=[1, 28, 28])
-    best = ModelCheckpoint(tempfile.mkdtemp(), monitor="val_acc", mode="max")
-    quiet_trainer(3, [best]).fit(model, datamodule=data)
-    model.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
-    return task("mnist", model, data, 16, recovery_epochs=1)
-
-
-def cifar(seed: int) -> Task:
-    torch.manual_seed(seed)
-    data: Any = CIFAR10(variant="lossless_subset")
-    model = Classifier(
-        CIFARResNet(20),
-        optimizer=lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=1e-4),
-        input_shape=[3, 32, 32],
-        initialize_from="cifar_resnets/resnet20-12fca82f.th",
-    )
-    return task("cifar", model, data, 16, recovery_epochs=3)
-
-
-def task(name: str, model: LightningModule, data: Any, batch: int, recovery_epochs: int) -> Task:
-    model.trainer = None
-    data.prepare_data()
-    data.setup("fit")
-    data.setup("test")
-    calibration, seen = [], 0
-    for x, _ in data.train_dataloader():
-        calibration.append(x)
-        seen += len(x)
-        if seen >= 1024:
-            break
-    validation = [(x, y) for x, y in data.val_dataloader()]
-    test = [(x, y) for x, y in data.test_dataloader()]
-    return Task(
-        name, model, data, validation[0][0][:batch].contiguous(), calibration, validation, test, recovery_epochs
-    )
-
-
-def repaired(task: Task, plan: SparsityPlan, statistics: Any, dense: nn.Module) -> nn.Module:
-    """One-shot by magnitude, least squares, new BatchNorm statistics: what the search gives its candidates."""
-    network = inference_copy(dense)
-    own, whole = parameters(network), parameters(dense)
-    with torch.no_grad():
-        for name, share in plan.items():
-            if share == 0:
-                continue
-            masks = one_shot_masks(inference_copy(dense), name, [PlanEntry(share)], Magnitude())
-            bias_name = f"{name.rpartition('.')[0]}.bias"
-            [done] = repair(whole[name], masks, statistics[name], bias=whole.get(bias_name))
-            own[name].copy_(done.weight)
-            if done.bias is not None:
-                own[bias_name].copy_(done.bias)
-    reestimate_batch_norm(network, task.calibration)
-    return network
-
-
-def bisected(
-    make: Callable[[float], SparsityPlan], evaluate: Callable[[SparsityPlan], float], least: float
-) -> SparsityPlan:
-    """The plan of the largest share whose accuracy is at least `least`, as far as bisection sees."""
-    low, high, found = 0.0, 0.995, make(0.0)
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        plan = make(middle)
-        if evaluate(plan) >= least:
-            low, found = middle, plan
-        else:
-            high = middle
-    return found
-
-
-def compare(task: Task, max_drop: float, seed: int) -> dict[str, Any]:
-    dense = inference_copy(task.model)
-    table = layer_table(dense, task.example)
-    weights = {name: weight.detach() for name, weight in parameters(dense).items() if name in table.names}
-    statistics = layer_statistics(dense, task.calibration, list(weights))
-    dense_accuracy = task.accuracy(dense)
-    print(f"{task.name}: dense {dense_accuracy:.4f} on validation, {task.accuracy(dense, task.test):.4f} on test")
-    profile = calibrate(dense, task.example, spread=0)
-    estimator = LatencyEstimator(table, profile)
-    curves = sensitivity(dense, task.validation)
-    drops = curves.drops("accuracy").numpy()
-
-    families: dict[str, Callable[[float], SparsityPlan]] = {
-        "uniform": lambda s: uniform(table, s),
-        "erk": lambda s: erk(table, s),
-        "global magnitude": lambda s: global_shares({n: w.abs() for n, w in weights.items()}, s),
-        "lamp": lambda s: lamp(weights, s),
-        # its argument is a drop: what each layer alone may cost
-        "sensitivity threshold": lambda s: sensitivity_threshold(curves.names, curves.levels, drops, s * 0.05),
-    }
-    networks: dict[str, nn.Module] = {}
-    plans: dict[str, SparsityPlan] = {}
-    evaluations: dict[str, int] = {}
-    for name, make in families.items():
-        plan = bisected(
-            make,
-            lambda p: task.accuracy(repaired(task, p, statistics, dense)),
-            dense_accuracy - max_drop,
-        )
-        plans[name], evaluations[name] = plan, _BISECTIONS
-        networks[name] = task.recover(repaired(task, plan, statistics, dense), plan)
-    began = time.monotonic()
-    found = search_sparsity(
-        dense,
-        task.example,
-        task.calibration,
-        task.accuracy,
-        max_drop=max_drop,
-        profile=profile,
-        recover=task.recover,
-        seed=seed,
-    )
-    seconds = time.monotonic() - began
-    plans["search"], evaluations["search"] = found.plan, found.evaluations
-    networks["search"] = found.model if found.model is not None else dense
-
-    accelerated: dict[str, AcceleratedModel] = {
-        name: accelerate(network, task.example, profile) for name, network in networks.items()
-    }
-    accelerated["dense"] = accelerate(dense, task.example, profile)
-    best: dict[str, float] = dict.fromkeys(accelerated, math.inf)
-    with torch.inference_mode():
-        for _ in range(_SWEEPS):  # in turn, so that a slow spell of the machine meets all of them
-            for name, fast in accelerated.items():
-                timing = repeated(lambda fast=fast: fast(task.example), _ROUNDS)  # type: ignore[misc]
-                best[name] = min(best[name], timing.best_s)
-    rows = {}
-    for name in accelerated:
-        network = networks.get(name, dense)
-        plan = plans.get(name, SparsityPlan({}))
-        shares = torch.tensor([plan.get(spec.name, 0.0) for spec in table], dtype=torch.float64)
-        accuracy = task.accuracy(network)
-        rows[name] = {
-            "measured_ms": best[name] * 1e3,
-            "speedup": best["dense"] / best[name],
-            "estimated_ms": float(estimator.latency_s(shares)) * 1e3,
-            "accuracy": accuracy,
-            "drop": dense_accuracy - accuracy,
-            "feasible": dense_accuracy - accuracy <= max_drop + 1e-9,
-            "test_accuracy": task.accuracy(network, task.test),
-            "sparsity": 1 - table.nonzeros(plan) / table.total_params if len(plan) else 0.0,
-            "evaluations": evaluations.get(name, 1),
-            "plan": plan.as_dict(),
+    def family(self, name: str) -> Callable[[float], SparsityPlan]:
+        """Plans by one number in [0, 1]."""
+        weights = {n: weight.detach() for n, weight in parameters(self.dense).items() if n in self.table.names}
+        if name == "sensitivity threshold":
+            curves = sensitivity(self.dense, self.validation)
+            drops = curves.drops("accuracy").numpy()
+            # Its argument is a drop: what each layer alone may cost.
+            return lambda s: sensitivity_threshold(curves.names, curves.levels, drops, s * 0.05)
+        makes: dict[str, Callable[[float], SparsityPlan]] = {
+            "uniform": lambda s: uniform(self.table, s),
+            "erk": lambda s: erk(self.table, s),
+            "global magnitude": lambda s: global_shares({n: w.abs() for n, w in weights.items()}, s),
+            "lamp": lambda s: lamp(weights, s),
         }
-        print(
-            f"{name:22s} {rows[name]['measured_ms']:8.3f} ms {rows[name]['speedup']:5.2f}x  "
-            f"val {accuracy:.4f} test {rows[name]['test_accuracy']:.4f}  sparsity {rows[name]['sparsity']:.3f}"
-            f"{'' if rows[name]['feasible'] else '  (drops too much)'}"
+        return makes[name]
+
+    def stage(self, name: str) -> dict[str, Any]:
+        """A plan, its network in the folder, and what is known of it; made unless it is there."""
+        path = self.folder / f"{name.replace(' ', '-')}.json"
+        if path.exists():
+            return dict(json.loads(path.read_text()))
+        began = time.monotonic()
+        found = self.searched() if name == "search" else self.by_hand() if name == "han" else self.bisected(name)
+        network = found.pop("network")
+        torch.save(network.state_dict(), path.with_suffix(".pt"))
+        found |= {
+            "accuracy": self.accuracy(network),
+            "test_accuracy": self.accuracy(network, test=True),
+            "seconds": time.monotonic() - began,
+        }
+        write_json(path, found)
+        print(name, {key: found[key] for key in ("before_recovery", "accuracy", "test_accuracy", "seconds")}, flush=True)
+        return found
+
+    def by_hand(self) -> dict[str, Any]:
+        """Whatever it loses."""
+        plan = SparsityPlan({f"network.{layer}.weight": share for layer, share in HAN.items()})
+        network = self.candidate(plan)
+        return {
+            "plan": plan.as_dict(),
+            "evaluations": 1,
+            "before_recovery": self.accuracy(network),
+            "network": self._better(network, self.recover(network, plan)),
+        }
+
+    def bisected(self, name: str) -> dict[str, Any]:
+        """The sparsest plan of a family whose accuracy is at least what the threshold leaves, as bisection sees it."""
+        make, least = self.family(name), self.dense_accuracy - self.max_drop
+        low, high = 0.0, 0.995 if name != "sensitivity threshold" else 1.0
+        plan, network, value = make(0.0), inference_copy(self.dense), self.dense_accuracy
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            tried = self.candidate(make(middle))
+            reached = self.accuracy(tried)
+            if reached >= least - 1e-9:
+                low, plan, network, value = middle, make(middle), tried, reached
+            else:
+                high = middle
+        return {
+            "plan": plan.as_dict(),
+            "evaluations": _BISECTIONS,
+            "before_recovery": value,
+            "network": self._better(network, self.recover(network, plan)),
+        }
+
+    def searched(self) -> dict[str, Any]:
+        """The search's."""
+        found = search_sparsity(
+            self.dense,
+            self.example,
+            self.calibration,
+            self.accuracy,
+            max_drop=self.max_drop,
+            profile=self.profile,
+            levels=LEVELS,
+            n_trials=self.settings.trials,
+            tune=self.tune,
+            recover=self.recover,
+            seed=self.seed,
+            storage=self.folder / "study.db",
+            study_name="search",
         )
-    return {"rows": rows, "dense_accuracy": dense_accuracy, "search_s": seconds, "batch": len(task.example)}
+        return {
+            "plan": found.plan.as_dict(),
+            "evaluations": found.evaluations,
+            "before_recovery": found.search_accuracy,
+            "phases_s": found.details["seconds"],
+            "network": found.model,
+        }
+
+    def _better(self, tuned: nn.Module, trained: nn.Module) -> nn.Module:
+        """As the search does it."""
+        return trained if self.accuracy(trained) >= self.accuracy(tuned) else tuned
+
+    def measure(self) -> dict[str, Any]:
+        """All networks executed in turn, so that a slow spell of the machine meets all of them."""
+        stages = {name: self.stage(name) for name in (*self.settings.plans, "search")}
+        accelerated: dict[str, AcceleratedModel] = {"dense": accelerate(self.dense, self.example, self.profile)}
+        for name in stages:
+            network = inference_copy(self.dense)
+            network.load_state_dict(torch.load(self.folder / f"{name.replace(' ', '-')}.pt", weights_only=True))
+            accelerated[name] = accelerate(network, self.example, self.profile)
+        best: dict[str, float] = dict.fromkeys(accelerated, math.inf)
+        with torch.inference_mode():
+            for _ in range(_SWEEPS):
+                for name, fast in accelerated.items():
+                    timing = repeated(lambda fast=fast: fast(self.example), _ROUNDS)  # type: ignore[misc]
+                    best[name] = min(best[name], timing.best_s)
+        estimator = LatencyEstimator(self.table, self.profile)
+        rows: dict[str, dict[str, Any]] = {
+            "dense": {
+                "measured_ms": best["dense"] * 1e3,
+                "accuracy": self.dense_accuracy,
+                "test_accuracy": self.accuracy(self.dense, test=True),
+            }
+        }
+        for name, found in stages.items():
+            plan = SparsityPlan(found["plan"])
+            shares = torch.tensor([plan.get(spec.name, 0.0) for spec in self.table], dtype=torch.float64)
+            rows[name] = {
+                "measured_ms": best[name] * 1e3,
+                "speedup": best["dense"] / best[name],
+                "estimated_ms": float(estimator.latency_s(shares)) * 1e3,
+                "drop": self.dense_accuracy - found["accuracy"],
+                "feasible": self.dense_accuracy - found["accuracy"] <= self.max_drop + 1e-9,
+                "sparsity": 1 - self.table.nonzeros(plan) / self.table.total_params,
+                **found,
+            }
+        for name, row in rows.items():
+            print(
+                f"{name:22s} {row['measured_ms']:8.3f} ms {row.get('speedup', 1.0):5.2f}x  "
+                f"val {row['accuracy']:.4f} test {row['test_accuracy']:.4f}  removed {row.get('sparsity', 0.0):.3f}"
+                f"{'' if row.get('feasible', True) else '  (drops too much)'}"
+            )
+        return {"rows": rows, "batch": len(self.example), "max_drop": self.max_drop, "seed": self.seed}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", default=["mnist", "cifar"], choices=["mnist", "cifar"])
+    parser.add_argument("task", choices=sorted(SETTINGS))
+    parser.add_argument("--folder", required=True, type=Path)
+    parser.add_argument("--only", nargs="*", choices=["dense", "device", *FAMILIES, "han", "search", "measure"])
     parser.add_argument("--max_drop", type=float, default=0.005)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="bench_search_recipes.json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    results = {}
-    for name in arguments.tasks:
-        made = {"mnist": mnist, "cifar": cifar}[name](arguments.seed)
-        results[name] = compare(made, arguments.max_drop, arguments.seed)
-        write_json(arguments.output, {"environment": environment(), "max_drop": arguments.max_drop, **results})
+    settings = SETTINGS[arguments.task]
+    bench = Bench(arguments.task, arguments.seed, arguments.max_drop, arguments.folder, settings)
+    for name in arguments.only or ["dense", "device", *settings.plans, "search", "measure"]:
+        if name == "dense":
+            print(f"dense {bench.dense_accuracy:.4f} on validation, {bench.accuracy(bench.dense, test=True):.4f} on test")
+        elif name == "device":
+            print(bench.profile.machine)
+        elif name == "measure":
+            write_json(arguments.folder / "results.json", {"environment": environment(), **bench.measure()})
+        else:
+            bench.stage(name)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from lightning_prune.latency.machine import Machine
 from lightning_prune.latency.roofline import RooflineCost
 from lightning_prune.layers import layer_table
 from lightning_prune.preparation import inference_copy
+from lightning_prune.reconstruction import reconstruct
 from lightning_prune.search.result import SearchResult
 from lightning_prune.search.search import Phases, search_sparsity
 from tests.latency.profiles import FAMILIES, hand_made, record
@@ -301,8 +302,24 @@ def test_candidates_may_be_tuned(dense: nn.Sequential) -> None:
     # The network that is confirmed was tuned as the candidate was.
     assert result.model is not None
     assert result.accuracy == Accuracy()(result.model) == result.search_accuracy
+    assert result.details["candidates"] == "layerwise repair, fine-tuned"
     for name in result.plan:
         assert int((result.model.get_parameter(name) == 0).sum()) > 0
+
+
+def test_sequential_repair_fits_layers_on_what_the_repaired_ones_give(dense: nn.Sequential) -> None:
+    result = search(dense, Accuracy(), repair="sequential", max_drop=0.1)
+    assert result.model is not None
+    assert len(result.plan) > 1
+    assert result.details["candidates"] == "sequential repair"
+    pruner = Pruner(inference_copy(dense), result.plan, criterion=Magnitude(), scope="local")
+    pruner.update(1.0)
+    expected = reconstruct(dense, pruner.masks, [data()[0]])
+    for name, value in expected.tensors.items():
+        torch.testing.assert_close(result.model.get_parameter(name), value)
+    assert result.accuracy == result.search_accuracy
+    independent = reconstruct(dense, pruner.masks, [data()[0]], sequential=False)
+    assert any(not torch.allclose(independent.tensors[name], expected.tensors[name], atol=1e-3) for name in result.plan)
 
 
 def test_phases_are_told_and_timed(dense: nn.Sequential) -> None:
@@ -347,6 +364,8 @@ class TestStudies:
             search(other, Accuracy(), **where)
         with pytest.raises(ValueError, match=r"another threshold .*0\.05 there, 0\.02 here"):
             search(dense, Accuracy(), max_drop=0.02, **where)
+        with pytest.raises(ValueError, match=r"another repair or fine-tuning of candidates \(None there, 'sequential"):
+            search(dense, Accuracy(), repair="sequential", **where)
 
     def test_a_storage_that_cannot_be_reached(self, dense: nn.Sequential, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
@@ -401,6 +420,7 @@ class TestStudies:
         ({"max_drop": math.inf}, "max_drop is how much accuracy may lose"),
         ({"max_drop": True}, "max_drop is how much accuracy may lose"),
         ({"mode": "best"}, "mode is 'max' where a higher accuracy is better, .*got 'best'"),
+        ({"repair": "none"}, "repair is 'layerwise' or 'sequential', got 'none'"),
         ({"n_trials": 1}, "the dense network is the first evaluation, so n_trials is at least 2, got 1"),
         ({"n_trials": 2.5}, "n_trials is at least 2, got 2.5"),
         ({"timeout": -1.0}, "timeout is in seconds, at least 0, .*got -1.0"),
