@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
@@ -25,6 +26,19 @@ from lightning_prune.rewinding import Scheduler
 def callbacks(trainer: Trainer) -> list[Callback]:
     """Its callbacks."""
     return list(trainer.callbacks)  # type: ignore[attr-defined]  # set by a connector that mypy does not see
+
+
+def refuse_shards(trainer: Trainer, this: Callback) -> None:
+    """Raise where no process has whole weights, for a callback that needs them.
+
+    Raises:
+        ValueError: under FSDP, DeepSpeed and model parallelism.
+    """
+    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        raise ValueError(
+            f"{type(this).__name__} needs whole weights, {type(trainer.strategy).__name__} shards them; train on one "
+            "device or with strategy='ddp'"
+        )
 
 
 def schedulers(trainer: Trainer) -> list[Scheduler]:

@@ -4,34 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_prune import targets
 from lightning_prune.callbacks import _training
-from lightning_prune.callbacks._gate import Gate
 from lightning_prune.callbacks._prunings import Prunings
+from lightning_prune.callbacks._windowed import Windowed
 from lightning_prune.callbacks.pruning import Pruning
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Unstructured
 from lightning_prune.learning_compression import Compressor, check_criterion, check_penalty
-from lightning_prune.masks import Masks, Scope, pools
-from lightning_prune.moments import Moment, Window, check_moment, check_order, window
+from lightning_prune.moments import Length, Moment, Window
 from lightning_prune.plan import Share, SparsityPlan
 
 _ROUNDS = 30
 
 
-class LearningCompression(Callback):
+class LearningCompression(Windowed[Compressor]):
     """Trains a network towards a sparse one, by the learning-compression algorithm that Condensa recovers accuracy by.
 
     From `begin` to `end` the model's weights `w` stay dense and learn, drawn to compressed weights `θ` that are as
@@ -88,42 +85,20 @@ class LearningCompression(Callback):
         monitor: str | None = None,
         mode: Literal["min", "max"] | None = None,
     ) -> None:
-        super().__init__()
-        for what, value, kind, example in (
-            ("criterion", criterion, Criterion, "Magnitude(2)"),
-            ("granularity", granularity, Granularity, "Unstructured()"),
-        ):
-            if not isinstance(value, kind):
-                raise ValueError(f"{what} is an object such as {example}, got {value!r}; mind order and parentheses")
+        super().__init__(sparsity, criterion, granularity, scope, begin, end, every)
         check_criterion(criterion)
-        for what, moment in (("begin", begin), ("end", end), ("every", every)):
-            if moment is not None:
-                check_moment(what, moment)
-        check_order(begin, end)
         check_penalty(penalty, growth, max_penalty)
         if mode not in ("min", "max", None) or (monitor is None) != (mode is None):
             raise ValueError(
                 f"monitor and mode go together, got monitor={monitor!r}, mode={mode!r}; give for example "
                 "monitor='val_acc', mode='max', or neither"
             )
-        self.target = SparsityPlan.of(sparsity)
-        self.criterion, self.granularity = criterion, granularity
-        self.scope: Scope = scope  # type: ignore[assignment]  # a word is checked here, names when the model is known
-        pools(self.scope if isinstance(scope, str) else "global", {})
-        self.begin, self.end, self.every = begin, end, every
         self.penalty, self.growth, self.max_penalty = penalty, growth, max_penalty
         self.monitor, self.mode = monitor, mode
-        self._gate = Gate()
-        self._max_epochs: int | None = None
-        self._compressor: Compressor | None = None
-        self._window: Window | None = None
-        self._forget()
 
     def _forget(self) -> None:
-        self._progress: float | None = None
+        super()._forget()
         self._best: dict[str, Any] = {}
-        self._restored: dict[str, Any] = {}
-        self._warned: set[str] = set()
 
     @property
     def compressor(self) -> Compressor:
@@ -132,19 +107,7 @@ class LearningCompression(Callback):
         Raises:
             RuntimeError: before that.
         """
-        if self._compressor is None:
-            raise RuntimeError("LearningCompression knows its model only once Trainer.fit has started")
-        return self._compressor
-
-    @property
-    def masks(self) -> Masks:
-        """Plain parameter name -> bool tensor, True where `θ` keeps a weight; empty before the first round."""
-        return self._compressor.masks if self._compressor else {}
-
-    @property
-    def plan(self) -> SparsityPlan:
-        """The target, by plain parameter names once `fit` has started."""
-        return self._compressor.plan if self._compressor else self.target
+        return self._at_work()
 
     @property
     def at_target(self) -> bool:
@@ -156,51 +119,40 @@ class LearningCompression(Callback):
         """The monitored metric of the best network so far; None before there is one."""
         return self._best.get("score")
 
-    @property
-    def state_key(self) -> str:
-        """It names what is compressed."""
-        return f"LearningCompression[{','.join(self.target)}]"
-
     def state_dict(self) -> dict[str, Any]:
         """Both sets of weights, multipliers, progress and the best network: tensors and plain containers."""
-        if self._compressor is None:
+        if self._worker is None:
             return {}
-        return {"compressor": self._compressor.state_dict(), "progress": self._progress, "best": dict(self._best)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until `on_fit_start`, when model and plan can be compared with it."""
-        self._restored = state_dict
+        return {"compressor": self._worker.state_dict(), "progress": self._progress, "best": dict(self._best)}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """The checkpoint's weights are the compressed ones; those in training are in this callback's state."""
-        if self._compressor is None or not self._compressor.learning:
+        if self._worker is None or not self._worker.learning:
             return
-        theta, first = self._compressor.theta, targets.aliases(pl_module)
+        theta, first = self._worker.theta, targets.aliases(pl_module)
         weights = checkpoint["state_dict"]
         for name in weights:
             plain = first.get(targets.plain_name(name), "")
             if plain in theta:
                 weights[name] = theta[plain]
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume under another plan: weights and multipliers would be lost silently."""
-        orphans = [key for key in checkpoint.get("callbacks", {}) if str(key).startswith("LearningCompression[")]
-        if trainer.state.fn == "fit" and orphans and self.state_key not in orphans:
-            raise ValueError(
-                f"the checkpoint was compressed by {orphans[0]}, this training has {self.state_key}: resuming needs "
-                "the same plan; or start anew from its weights (LightningModule.load_from_checkpoint)"
-            )
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what cannot work beside it; state of an earlier run is not this run's."""
-        self._restored = {}
-        self._max_epochs = trainer.max_epochs
+        super().setup(trainer, pl_module, stage)
         if stage == "fit":
             _refuse_company(self, trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Match plan and model, take up a checkpoint's state, and check the window: all before work starts."""
-        compressor = Compressor(
+        if self.monitor is not None and not trainer.enable_validation:
+            raise ValueError(
+                f"monitor={self.monitor!r} needs validation, and this training has none; give a validation loader "
+                "(and limit_val_batches above 0), or leave monitor out"
+            )
+        super().on_fit_start(trainer, pl_module)
+
+    def _hire(self, pl_module: LightningModule) -> Compressor:
+        return Compressor(
             pl_module,
             self.target,
             criterion=self.criterion,
@@ -210,25 +162,10 @@ class LearningCompression(Callback):
             growth=self.growth,
             max_penalty=self.max_penalty,
         )
-        _refuse_overlap(compressor.plan, trainer, pl_module)
-        if self.monitor is not None and not trainer.enable_validation:
-            raise ValueError(
-                f"monitor={self.monitor!r} needs validation, and this training has none; give a validation loader "
-                "(and limit_val_batches above 0), or leave monitor out"
-            )
-        self._gate.check(trainer, before=self)
-        previous, self._compressor = self._compressor, compressor
-        if self._restored:
-            compressor.load_state_dict(self._restored["compressor"])
-            self._progress, self._best = self._restored["progress"], self._restored["best"]
-        elif trainer.global_step > 0 and previous is not None and previous.settings() == compressor.settings():
-            compressor.load_state_dict(previous.state_dict())  # the same training goes on for more epochs
-        else:
-            self._forget()
-        if trainer.ckpt_path is None:
-            # A resumed training must not set up its loader before Lightning has restored the loops: the loader would
-            # forget its place. So its window is placed when training starts.
-            self._place(trainer, pl_module)
+
+    def _restore(self, worker: Compressor, state: dict[str, Any]) -> None:
+        worker.load_state_dict(state["compressor"])
+        self._progress, self._best = state["progress"], state["best"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, after the sanity check and the finders, which may have changed the number of steps."""
@@ -308,33 +245,19 @@ class LearningCompression(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Go back to the weights in training, and let go of optimizers and callbacks."""
-        if self._compressor:
-            self._compressor.hide()
-        self._let_go()
+        if self._worker:
+            self._worker.hide()
+        super().on_exception(trainer, pl_module, exception)
 
-    def _let_go(self) -> None:
-        self._gate.release()
-        if self._compressor:
-            self._compressor.detach()
-
-    def _place(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the window in this training."""
-        length = _training.length(trainer, pl_module, self._max_epochs)
-        if trainer.fast_dev_run and length.steps:  # type: ignore[attr-defined]
-            self._window = Window(0, length.steps, 1)  # a trial run of a few batches goes through everything
-            return
-        self._window = window(self.begin, self.end, self.every, length)
-        if self.every is None:
-            rounds = dataclasses.replace(self._window, every=max(1, (self._window.end - self._window.begin) // _ROUNDS))
-            self._window = rounds
+    def _placed(self, found: Window, length: Length) -> Window:
+        if self.every is not None:
+            return found
+        return dataclasses.replace(found, every=max(1, (found.end - found.begin) // _ROUNDS))
 
     def _advance(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take a C step if the window has moved on, and the last one at its end."""
-        if self._window is None or self.compressor.settled:
-            return
-        progress = self._window.progress(_training.position(trainer, pl_module, self._window.unit))
-        # A training that is longer now than when its checkpoint was written may be earlier in its window.
-        if progress is None or (self._progress is not None and progress <= self._progress):
+        progress = None if self.compressor.settled else self._due(trainer, pl_module)
+        if progress is None:
             return
         if self._progress is not None and not self.compressor.attracted:
             self._warn(
@@ -374,19 +297,9 @@ class LearningCompression(Callback):
                 }
             self._best = {"score": score, "weights": weights, "masks": dict(self.masks)}
 
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=3)
-
 
 def _refuse_company(this: LearningCompression, trainer: Trainer) -> None:
-    """Refuse strategies and callbacks that a network of two sets of weights does not go with."""
-    if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-        raise ValueError(
-            f"LearningCompression needs whole weights, {type(trainer.strategy).__name__} shards them; train on one "
-            "device or with strategy='ddp'"
-        )
+    """Refuse callbacks that a network of two sets of weights does not go with."""
     for other in _training.callbacks(trainer):
         name = type(other).__name__
         if isinstance(other, LearningCompression) and other is not this:
@@ -409,15 +322,3 @@ def _refuse_company(this: LearningCompression, trainer: Trainer) -> None:
                 f"Pruning(rewind={other.rewind}) takes the whole network back, the weights that LearningCompression "
                 "draws to its plan included; prune without rewind beside it"
             )
-
-
-def _refuse_overlap(plan: SparsityPlan, trainer: Trainer, pl_module: LightningModule) -> None:
-    for other in _training.callbacks(trainer):
-        if isinstance(other, Pruning):
-            theirs = {name for name, share in other.target.resolve(pl_module).items() if share > 0}
-            shared = sorted(theirs & set(plan))
-            if shared:
-                raise ValueError(
-                    f"both Pruning and LearningCompression prune {shared[0]!r} ({len(shared)} such); give each its own "
-                    "parameters by pattern, or remove one of the callbacks"
-                )

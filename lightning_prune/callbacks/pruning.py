@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lightning_prune import rewinding
 from lightning_prune.callbacks import _training
-from lightning_prune.callbacks._gate import Gate
+from lightning_prune.callbacks._windowed import Windowed, check_kind
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity, Unstructured
-from lightning_prune.masks import Masks, Scope, pools
-from lightning_prune.moments import Moment, Window, check_moment, check_order, position_of, window
+from lightning_prune.moments import Length, Moment, Window, check_moment, position_of
 from lightning_prune.plan import Share, SparsityPlan
 from lightning_prune.pruner import Pruner, refuse_changes
 from lightning_prune.rewinding import Rewinding
 from lightning_prune.schedules import AGP, Schedule
 
 
-class Pruning(Callback):
+class Pruning(Windowed[Pruner]):
     """Prunes a network while it trains.
 
     At each update the sparsity of parameter `i` is `s_i + (t_i - s_i) * f(p)`, with `s` the initial and `t` the target
@@ -77,18 +74,8 @@ class Pruning(Callback):
         rewind: Rewinding | None = None,
         regrow: bool = False,
     ) -> None:
-        super().__init__()
-        for what, value, kind, example in (
-            ("schedule", schedule, Schedule, "AGP()"),
-            ("criterion", criterion, Criterion, "Magnitude()"),
-            ("granularity", granularity, Granularity, "Unstructured()"),
-        ):
-            if not isinstance(value, kind):
-                raise ValueError(f"{what} is an object such as {example}, got {value!r}; mind order and parentheses")
-        for what, moment in (("begin", begin), ("end", end), ("every", every)):
-            if moment is not None:
-                check_moment(what, moment)
-        check_order(begin, end)
+        check_kind("schedule", schedule, Schedule, "AGP()")
+        super().__init__(sparsity, criterion, granularity, scope, begin, end, every)
         if rewind is not None:
             check_moment("rewind.to", rewind.to)
             if not schedule.stepwise:
@@ -96,24 +83,14 @@ class Pruning(Callback):
                     f"{schedule} changes masks at every update, so {rewind} would undo all training in between; use "
                     "OneShot() or Iterative(steps)"
                 )
-        self.target, self.initial = SparsityPlan.of(sparsity), SparsityPlan.of(initial)
-        self.schedule, self.criterion, self.granularity = schedule, criterion, granularity
-        self.scope: Scope = scope  # type: ignore[assignment]  # a word is checked here, names when the model is known
-        pools(self.scope if isinstance(scope, str) else "global", {})
-        self.begin, self.end, self.every = begin, end, every
+        self.initial = SparsityPlan.of(initial)
+        self.schedule = schedule
         self.rewind, self.regrow = rewind, regrow
-        self._gate = Gate()
-        self._max_epochs: int | None = None
-        self._pruner: Pruner | None = None
-        self._window: Window | None = None
         self._rewind_position = 0
-        self._forget()
 
     def _forget(self) -> None:
-        self._progress: float | None = None
+        super()._forget()
         self._snapshot: rewinding.Snapshot | None = None
-        self._restored: dict[str, Any] = {}
-        self._warned: set[str] = set()
 
     @property
     def pruner(self) -> Pruner:
@@ -122,79 +99,36 @@ class Pruning(Callback):
         Raises:
             RuntimeError: before that.
         """
-        if self._pruner is None:
-            raise RuntimeError("Pruning knows its model only once Trainer.fit has started")
-        return self._pruner
-
-    @property
-    def masks(self) -> Masks:
-        """Plain parameter name -> bool tensor, True where kept; another dict after every update, empty before."""
-        return self._pruner.masks if self._pruner else {}
-
-    @property
-    def plan(self) -> SparsityPlan:
-        """The target, by plain parameter names once `fit` has started."""
-        return self._pruner.plan if self._pruner else self.target
+        return self._at_work()
 
     @property
     def initial_plan(self) -> SparsityPlan:
         """Where pruning starts from, by plain parameter names once `fit` has started."""
-        return self._pruner.initial_plan if self._pruner else self.initial
+        return self._worker.initial_plan if self._worker else self.initial
 
     @property
     def updates(self) -> int:
         """Number of mask updates so far."""
-        return self._pruner.updates if self._pruner else 0
+        return self._worker.updates if self._worker else 0
 
     @property
     def at_target(self) -> bool:
         """Whether the masks have reached the target plan."""
-        return self._pruner is not None and self._pruner.at_target
-
-    @property
-    def state_key(self) -> str:
-        """Unique among callbacks that prune different parameters."""
-        return f"Pruning[{','.join(self.target)}]"
+        return self._worker is not None and self._worker.at_target
 
     def state_dict(self) -> dict[str, Any]:
         """Masks, progress, and what criterion and rewinding remember: tensors and plain containers."""
-        if self._pruner is None:
+        if self._worker is None:
             return {}
         return {
             "settings": self._settings(),
-            "pruner": self._pruner.state_dict(),
+            "pruner": self._worker.state_dict(),
             "progress": self._progress,
             "snapshot": self._snapshot,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until `on_fit_start`, when model and plan can be compared with it."""
-        self._restored = state_dict
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse to resume a pruned training under another plan: its masks would be lost silently."""
-        ours = {other.state_key for other in _all(trainer)}
-        orphans = [key for key in checkpoint.get("callbacks", {}) if str(key).startswith("Pruning[")]
-        orphans = [key for key in orphans if key not in ours]
-        if orphans and trainer.state.fn == "fit":
-            raise ValueError(
-                f"the checkpoint was pruned by {orphans[0]}, this training has {sorted(ours)}: resuming needs the same "
-                "plan; or start anew from its weights (LightningModule.load_from_checkpoint)"
-            )
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse strategies that cannot work; state of an earlier run is not this run's."""
-        self._restored = {}
-        self._max_epochs = trainer.max_epochs
-        if stage == "fit" and isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-            raise ValueError(
-                f"Pruning needs whole weights, {type(trainer.strategy).__name__} shards them; train on one device or "
-                "with strategy='ddp'"
-            )
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Match plan and model, take up a checkpoint's state, and check the window: all before work starts."""
-        pruner = Pruner(
+    def _hire(self, pl_module: LightningModule) -> Pruner:
+        return Pruner(
             pl_module,
             self.target,
             initial=self.initial if any(self.initial.values()) else None,
@@ -203,21 +137,11 @@ class Pruning(Callback):
             scope=self.scope,
             regrow=self.regrow,
         )
-        _refuse_overlap(self, pruner.plan, trainer, pl_module)
-        self._gate.check(trainer, before=self)
-        previous, self._pruner = self._pruner, pruner
-        if self._restored:
-            refuse_changes(self._restored["settings"], self._settings())
-            pruner.load_state_dict(self._restored["pruner"])
-            self._progress, self._snapshot = self._restored["progress"], self._restored["snapshot"]
-        elif trainer.global_step > 0 and previous is not None and previous.settings() == pruner.settings():
-            pruner.load_state_dict(previous.state_dict())  # the same training goes on for more epochs
-        else:
-            self._forget()
-        if trainer.ckpt_path is None:
-            # A resumed training must not set up its loader before Lightning has restored the loops: the loader would
-            # forget its place. So its window is placed when training starts.
-            self._place(trainer, pl_module)
+
+    def _restore(self, worker: Pruner, state: dict[str, Any]) -> None:
+        refuse_changes(state["settings"], self._settings())
+        worker.load_state_dict(state["pruner"])
+        self._progress, self._snapshot = state["progress"], state["snapshot"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, after the sanity check and the finders, which may have changed the number of steps."""
@@ -274,41 +198,26 @@ class Pruning(Callback):
         """Mask once more what other callbacks, such as weight averaging, wrote into the model at the end."""
         self.pruner.enforce()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of optimizers and callbacks."""
-        self._let_go()
-
-    def _let_go(self) -> None:
-        self._gate.release()
-        if self._pruner:
-            self._pruner.detach()
-
     def _settings(self) -> dict[str, str]:
         """What must not change when a training is resumed, beyond what the pruner itself compares."""
         return {"schedule": str(self.schedule), "rewind": str(self.rewind)}
 
-    def _place(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the window in this training."""
-        length = _training.length(trainer, pl_module, self._max_epochs)
-        if trainer.fast_dev_run and length.steps:  # type: ignore[attr-defined]
-            self._window = Window(0, length.steps, 1)  # a trial run of a few batches goes through everything
-            self._rewind_position = 0
-            return
-        self._window = window(self.begin, self.end, self.every, length)
+    def _placed(self, found: Window, length: Length) -> Window:
         starts_pruned = self.schedule(0.0) > 0 or any(self.initial.values())
-        if self.criterion.uses_gradient and self._window.begin == 0 and starts_pruned:
+        if self.criterion.uses_gradient and found.begin == 0 and starts_pruned:
             raise ValueError(
                 f"{self.criterion} needs gradients, but {self.schedule} prunes before the first optimizer step; begin "
                 "later, for example begin=Steps(1)"
             )
         if self.rewind is not None:
-            unit = self._window.unit
+            unit = found.unit
             self._rewind_position = position_of("rewind.to", self.rewind.to, length, unit)
-            if self._rewind_position > self._window.begin:
+            if self._rewind_position > found.begin:
                 raise ValueError(
                     f"rewinding to {self.rewind.to}, after {self._rewind_position} {unit}, needs pruning to begin no "
-                    f"earlier, but it begins after {self._window.begin}; raise begin or lower rewind.to"
+                    f"earlier, but it begins after {found.begin}; raise begin or lower rewind.to"
                 )
+        return found
 
     def _update(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Update masks if the window has moved on; whether training is to be rewound for it."""
@@ -318,9 +227,8 @@ class Pruning(Callback):
         if self.rewind is not None and self._snapshot is None and position >= self._rewind_position:
             schedulers = _training.schedulers(trainer)
             self._snapshot = rewinding.take(self.rewind, pl_module, trainer.optimizers, schedulers)
-        progress = self._window.progress(position)
-        # A training that is longer now than when its checkpoint was written may be earlier in its window: masks stay.
-        if progress is None or (self._progress is not None and progress <= self._progress):
+        progress = self._due(trainer, pl_module)
+        if progress is None:
             return False
         self._progress = progress
         removed = self.pruner.removed
@@ -331,25 +239,9 @@ class Pruning(Callback):
         """Zero removed weights wherever they live: model, optimizer state, averages kept by other callbacks."""
         self.pruner.enforce(trainer.optimizers, _training.averages(trainer))
 
-    def _warn(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=3)
-
 
 def _all(trainer: Trainer) -> list[Pruning]:
     return [callback for callback in _training.callbacks(trainer) if isinstance(callback, Pruning)]
-
-
-def _refuse_overlap(this: Pruning, plan: SparsityPlan, trainer: Trainer, pl_module: LightningModule) -> None:
-    for other in _all(trainer):
-        others = {name for name, share in other.target.resolve(pl_module).items() if share > 0}
-        shared = sorted(others & set(plan))
-        if other is not this and shared:
-            raise ValueError(
-                f"two Pruning callbacks prune {shared[0]!r} ({len(shared)} such); give each its own parameters by "
-                "pattern, for example Pruning({'conv*': 0.7}) and Pruning({'fc*': 0.87})"
-            )
 
 
 def _at_target(trainer: Trainer) -> bool:

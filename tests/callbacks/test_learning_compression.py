@@ -218,7 +218,7 @@ def test_resume_in_mid_epoch_and_mid_round(module: Any, tmp_path: Path) -> None:
         trainer([LearningCompression(0.7, growth=1.2)]).fit(
             module(), Stateful(), loader(), ckpt_path=path, weights_only=True
         )
-    with pytest.raises(ValueError, match=r"compressed by LearningCompression\[\*\], this training has .*\[net\.0\*\]"):
+    with pytest.raises(ValueError, match=r"pruned by LearningCompression\[\*\], this training has .*\[net\.0\*\]"):
         trainer([LearningCompression({"net.0*": 0.7})]).fit(
             module(), Stateful(), loader(), ckpt_path=path, weights_only=True
         )
