@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from lightning_prune.folding import fold_batch_norm, plain
-from lightning_prune.kernels import NHWC, LayerKernel, Workload
+from lightning_prune.folding import fold_batch_norm, plain, replace_module
+from lightning_prune.kernels import NHWC, LayerKernel, Steps, Workload
 from lightning_prune.kernels.workload import runnable
 from lightning_prune.layers import LayerTable, layer_table
 from lightning_prune.pooling import pool_through_nhwc
@@ -34,6 +34,7 @@ class Prepared:
         folded: names of the BatchNorms that are gone.
         borders: by module name, what constant inputs add around padded convolutions.
         rectified: names of layers whose output is seen by nothing but a ReLU module.
+        steps: of a twin, by name of the quantised layers that kernels may run in integers.
     """
 
     model: nn.Module
@@ -44,13 +45,14 @@ class Prepared:
     folded: tuple[str, ...]
     borders: Mapping[str, Border]
     rectified: tuple[str, ...] = ()
+    steps: Mapping[str, Steps] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Any, *, drop_constants: bool = True) -> Prepared:
         """Prepare a copy of a model.
 
         Args:
-            model: it is not changed.
+            model: it is not changed; of a twin that `quantize` made, layers are taken that do not round inputs.
             example_inputs: as for `layer_table`.
             drop_constants: whether weights that meet constant inputs are dropped.
 
@@ -58,6 +60,7 @@ class Prepared:
             ValueError: the weights are of several types or in several places, or the model does not run on the example.
         """
         prepared = inference_copy(model)
+        own = unwrapped(prepared)
         device, _ = placement(prepared)
         inputs = tree_map_only(Tensor, lambda x: x.to(device), cloned(example_inputs))
         table = layer_table(prepared, inputs)
@@ -67,29 +70,34 @@ class Prepared:
         once = {name: layer for name, layer in layers.items() if len(works[name]) == 1}
         borders = drop_constant_inputs(prepared, inputs, once) if drop_constants else {}
         rectified = rectified_layers(prepared, inputs, once)
-        return cls(prepared, inputs, table, layers, works, tuple(folded), borders, tuple(rectified))
+        steps = {name: found for name in layers if (found := own.get(name)) is not None}
+        return cls(prepared, inputs, table, layers, works, tuple(folded), borders, tuple(rectified), steps)
 
     def network(self, layout: str, kernels: Mapping[str, LayerKernel]) -> nn.Module:
         """A copy in a memory layout with kernels in the places of layers."""
         network = in_layout(self.model, layout)
         for name, kernel in kernels.items():
             put(network, name, self.built(name, kernel))
-        if any(self._rectifies(name, kernel) for name, kernel in kernels.items()):
+        if any(self.rectifies(name, kernel) for name, kernel in kernels.items()):
             skip_rectified(network)
         return network
 
     def built(self, name: str, kernel: LayerKernel) -> nn.Module:
         """The module with which a kernel runs a layer."""
         layer = self.layers[name]
-        built = kernel.build(layer)
+        built = self.kernel_for(name, kernel).build(layer)
         border = self.borders.get(name)
         if border is not None and isinstance(layer, nn.Conv2d):
             return Border(built, border.weight, border.values, layer)
-        if self._rectifies(name, kernel):
+        if self.rectifies(name, kernel):
             built.relu = True  # type: ignore[assignment]
         return built
 
-    def _rectifies(self, name: str, kernel: LayerKernel) -> bool:
+    def kernel_for(self, name: str, kernel: LayerKernel) -> LayerKernel:
+        """The kernel, with the steps of a quantised layer."""
+        return kernel.quantized(self.steps[name]) if name in self.steps else kernel
+
+    def rectifies(self, name: str, kernel: LayerKernel) -> bool:
         """Whether a kernel takes the work of the ReLU behind a layer; what a border adds comes before the ReLU."""
         return kernel.rectifies and name in self.rectified and name not in self.borders
 
@@ -137,6 +145,29 @@ def inputs_in_layout(inputs: Any, layout: str) -> Any:
     """Inputs with images in a layout."""
     form = torch.channels_last if layout == NHWC else torch.contiguous_format
     return tree_map_only(Tensor, lambda x: x.contiguous(memory_format=form) if x.ndim == 4 else x, inputs)
+
+
+def unwrapped(model: nn.Module, keep: Collection[str] = ()) -> dict[str, Steps | None]:
+    """Put plain layers in the places of a twin's quantised ones, in place, with their rounded weights.
+
+    Args:
+        model: a twin, or any other, of which nothing changes.
+        keep: names of quantised layers that stay.
+
+    Returns:
+        Of those that are gone the steps by name, None where no kernel runs them in integers.
+    """
+    from lightning_prune.quantization.execution import steps_of
+    from lightning_prune.quantization.twin import quantized_layers
+
+    found: dict[str, Steps | None] = {}
+    for name, quantized in quantized_layers(model).items():
+        if quantized is model or name in keep:  # for the model itself nothing can stand
+            continue
+        replace_module(model, quantized, quantized.layer)
+        steps = steps_of(quantized)
+        found[name] = None if isinstance(steps, str) else steps
+    return found
 
 
 class _Stand(nn.Module):

@@ -45,6 +45,7 @@ from lightning_prune.preparation import inference_copy
 from lightning_prune.targets import parameters
 
 __all__ = [
+    "DenseOutputs",
     "LayerStatistics",
     "OutputError",
     "Reconstruction",
@@ -99,6 +100,19 @@ class Reconstruction:
         with torch.no_grad():
             for name, value in self.tensors.items():
                 own[name].copy_(value)
+
+
+@dataclass
+class DenseOutputs:
+    """What layers of a dense network give on the calibration batches, remembered for repairs under further masks.
+
+    It holds for one network, its batches, `max_positions` and `seed`; the outputs of up to `max_positions` per call
+    stay in memory. With it, a sequential repair takes one partial pass per layer.
+    """
+
+    calls: dict[str, int] = field(default_factory=dict)
+    by_layer: dict[str, list[list[tuple[Tensor, Tensor]]]] = field(default_factory=dict)
+    """Name -> for each batch, for each call the positions drawn and the outputs there."""
 
 
 def repair(
@@ -163,6 +177,7 @@ def reconstruct(
     max_bytes: int = 2**31,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    remember: DenseOutputs | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Reconstruction:
     """Prune a network by masks and repair it layer by layer, without training.
@@ -184,6 +199,7 @@ def reconstruct(
         max_bytes: of the moments held at a time.
         dtype: of the moments.
         seed: of the positions drawn.
+        remember: outputs of the dense network, to be used and added to, where several masks are tried in turn.
         progress: called as `progress(done, total, name)` after every layer.
 
     Raises:
@@ -209,8 +225,13 @@ def reconstruct(
     repairs = _Repairs(masks, tensors, refit_bias, damping)
     if layers:
         picked = chosen(model, layers, max_positions)
-        gather = _sequentially if sequential else _independently
-        steps = gather(model, picked, batches, repairs, max_positions, max_bytes, dtype, seed)
+        if sequential:
+            outputs = DenseOutputs() if remember is None else remember
+            steps = _sequentially(
+                model, picked, batches, repairs, max_positions, max_bytes, dtype, seed, outputs, remember is not None
+            )
+        else:
+            steps = _independently(model, picked, batches, repairs, max_positions, max_bytes, dtype, seed)
         for count, name in enumerate(steps, 1):
             if progress is not None:
                 progress(count, len(layers), name)
@@ -290,11 +311,17 @@ def _sequentially(
     max_bytes: int,
     dtype: torch.dtype,
     seed: int,
+    dense: DenseOutputs,
+    keep: bool,
 ) -> Iterator[str]:
     for layer in layers:
         require_room(layer, dtype, max_bytes)
     require_repeatable(batches, "several passes")
-    calls = _calls(model, layers, batches)
+    if any(layer.name not in dense.calls for layer in layers):
+        every = repairable(model)[0] if keep else {layer.name: layer for layer in layers}
+        counted = _calls(model, every.values(), batches)
+        dense.calls = {**counted, **{name: 0 for name in every if name not in counted}}
+    calls = {name: times for name, times in dense.calls.items() if times}
     pruned = inference_copy(model)
     copies = repairable(pruned)[0]
     repaired = Reconstruction(repairs.tensors, repairs.errors)
@@ -303,6 +330,8 @@ def _sequentially(
         moments = Moments(layer, dtype, paired=True)
         draw = generator_of(layer.name, seed)
         met: list[tuple[Tensor, Tensor]] = []
+        known = dense.by_layer.get(layer.name)
+        found: list[list[tuple[Tensor, Tensor]]] = []
 
         def on_dense(layer: Layer, module: Any, x: Tensor, y: Tensor, met: Any = met, draw: Any = draw) -> None:
             places = places_of(module, x, y, most, draw)
@@ -324,10 +353,16 @@ def _sequentially(
             contextlib.closing(each(batches)) as numbered,
         ):
             for index, batch in numbered:
-                run(model, index, batch)
+                if known is None:
+                    run(model, index, batch)
+                    found.append(list(met) if keep else [])
+                else:
+                    met += known[index]
                 if met:
                     run(pruned, index, batch)
                 met.clear()
+        if keep and known is None:
+            dense.by_layer[layer.name] = found
         repairs.fit_paired(layer, moments)
         repaired.apply(pruned)
         yield layer.name

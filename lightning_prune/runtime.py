@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,16 +17,27 @@ from torch.utils._pytree import tree_leaves
 from lightning_prune.files import write_file
 from lightning_prune.folding import replace_module
 from lightning_prune.kernel_report import KernelReport, LayerReport
-from lightning_prune.kernels import KERNELS, LAYOUTS, NCHW, NHWC, Dense, LayerKernel, measured_occupancy
+from lightning_prune.kernels import (
+    ALL_KERNELS,
+    KERNELS,
+    LAYOUTS,
+    NCHW,
+    NHWC,
+    Dense,
+    LayerKernel,
+    Steps,
+    measured_occupancy,
+)
 from lightning_prune.latency.context import TimedLayer, timed_passes
 from lightning_prune.latency.estimator import MARGIN, LatencyEstimator
 from lightning_prune.latency.fitted import FittedCost
 from lightning_prune.latency.machine import Machine
 from lightning_prune.latency.passes import replaced
 from lightning_prune.latency.profile import DeviceProfile
-from lightning_prune.latency.timing import keep_freed_memory, repeated, synchroniser
+from lightning_prune.latency.race import race
+from lightning_prune.latency.timing import keep_freed_memory, synchroniser
 from lightning_prune.layers import LayerTable
-from lightning_prune.preparation import Prepared, cloned, inference_copy, inputs_in_layout, placement
+from lightning_prune.preparation import Prepared, cloned, inference_copy, inputs_in_layout, placement, unwrapped
 from lightning_prune.silence import Border
 from lightning_prune.tracing import call
 
@@ -37,8 +48,10 @@ _SCHEMA = "lightning-prune/accelerated/1"
 _NEAR = 1.15
 """Kernels estimated to take at most this much longer than the best are timed beside it."""
 
+_ROUNDED = 0.03
+"""By how much outputs may differ in integers: inputs in the middle between two steps are rounded either way."""
+
 _ROUNDS = 9
-_SWEEPS = 3
 
 
 class AcceleratedModel(nn.Module):
@@ -63,6 +76,7 @@ class AcceleratedModel(nn.Module):
             "folded": list(prepared.folded),
             "rectified": list(prepared.rectified),
             "state": {name: tensor.detach().cpu() for name, tensor in prepared.model.state_dict().items()},
+            "steps": {name: asdict(steps) for name, steps in prepared.steps.items()},
             "borders": {name: (border.weight.cpu(), border.values.cpu()) for name, border in prepared.borders.items()},
         }
         self.eval()
@@ -91,7 +105,7 @@ class AcceleratedModel(nn.Module):
         write_file(path, lambda file: torch.save(content, file))
 
     @classmethod
-    def load(cls, path: str | Path, model: nn.Module, kernels: Sequence[LayerKernel] = KERNELS) -> AcceleratedModel:
+    def load(cls, path: str | Path, model: nn.Module, kernels: Sequence[LayerKernel] = ALL_KERNELS) -> AcceleratedModel:
         """Build the accelerated network again.
 
         Args:
@@ -112,8 +126,9 @@ class AcceleratedModel(nn.Module):
             raise ValueError(f"{path} is no accelerated model of schema {_SCHEMA!r}; save it again with this version")
         by_name = {kernel.name: kernel for kernel in kernels}
         if unknown := set(content["kernels"].values()) - set(by_name):
-            raise ValueError(f"{path} needs kernels {sorted(unknown)}; pass them as kernels=(*KERNELS, yours)")
+            raise ValueError(f"{path} needs kernels {sorted(unknown)}; pass them as kernels=(*ALL_KERNELS, yours)")
         bare = inference_copy(model)
+        unwrapped(bare)
         try:
             for name in content["folded"]:
                 replace_module(bare, bare.get_submodule(name), nn.Identity())
@@ -130,7 +145,8 @@ class AcceleratedModel(nn.Module):
             for name, (weight, values) in content["borders"].items()
         }
         rectified = tuple(content.get("rectified", ()))
-        prepared = Prepared(bare, None, LayerTable(()), layers, {}, tuple(content["folded"]), borders, rectified)
+        steps = {name: Steps(**values) for name, values in content.get("steps", {}).items()}
+        prepared = Prepared(bare, None, LayerTable(()), layers, {}, tuple(content["folded"]), borders, rectified, steps)
         chosen = {name: by_name[kernel] for name, kernel in content["kernels"].items()}
         report = content["report"]
         if report is not None:
@@ -152,16 +168,21 @@ def accelerate(
 
     BatchNorm is folded, weights that meet constant inputs are dropped, and for each memory layout every layer gets
     its fastest kernel by the profile's estimate. Kernels estimated to be within 15 % of the best are timed against each
-    other in full passes, and all are without a profile. The network that is then fastest as a whole is kept: the dense
-    one, in its faster layout, wherever zeros do not pay. As with `calibrate`, this process keeps the memory that it
-    frees from here on.
+    other in full passes, and all are without a profile. The network that is then fastest as a whole, timed in turn with
+    the others, is kept: the dense one, in its faster layout, wherever zeros do not pay. As with `calibrate`, this
+    process keeps the memory that it frees from here on.
+
+    Of a twin that `quantize` made, each quantised layer runs in integers where kernels that do so are given
+    (`ALL_KERNELS`), know how and are faster; otherwise in floating point with its rounded weights, its inputs as they
+    come.
 
     Args:
-        model: with zeros in its weights; it is not changed.
+        model: with zeros in its weights, or a twin; it is not changed.
         example_inputs: as for `layer_table`; times are for its batch size, the result takes any.
         profile: of this machine, or the path of one.
-        kernels: to choose from.
-        tolerance: by how much outputs may differ from the dense model's, relative to their greatest.
+        kernels: to choose from; with a profile, those that it knows.
+        tolerance: by how much outputs may differ from the dense model's, relative to their greatest; where layers run
+            in integers, by at least 0.03 from those of a model that rounds the inputs of just these layers.
         rounds: each timing is the least of so many.
 
     Returns:
@@ -185,16 +206,23 @@ def accelerate(
     original = inference_copy(model)
     device, dtype = placement(original)
     if isinstance(profile, str | Path):
-        profile = DeviceProfile.load(profile, kernels)
+        profile = DeviceProfile.load(profile, (*ALL_KERNELS, *kernels))
     if profile is not None:
         profile.require(Machine.here(device, dtype))
     prepared = Prepared.of(original, example_inputs)
     inputs = cloned(prepared.inputs)  # a forward that works in place changes the others
     with torch.inference_mode():
-        expected = call(original, cloned(inputs))
+        meant = call(original, cloned(inputs))
     choice = _Choice(prepared, kernels, profile, rounds)
     best = choice.fastest()
-    error = _difference(expected, best.run(cloned(inputs)))
+    found = best.run(cloned(inputs))
+    integer = {name for name, kernel in best.kernels.items() if not kernel.exact}
+    expected = meant
+    if unwrapped(original, keep=integer):
+        with torch.inference_mode():
+            expected = call(original, cloned(inputs))
+    error = _difference(expected, found)
+    tolerance = max(tolerance, _ROUNDED) if integer else tolerance
     if error > tolerance:
         warnings.warn(
             f"the outputs with sparse kernels differ from the dense model's by {error:.1e}, more than "
@@ -202,9 +230,12 @@ def accelerate(
             "chance can be the reason",
             stacklevel=2,
         )
+        original = inference_copy(model)
         prepared = Prepared(original, prepared.inputs, prepared.table, {}, {}, (), {})
         best = _Candidate(original, NCHW, {}, choice.dense_s)
         choice, error = _Choice(prepared, kernels, None, rounds), 0.0
+    elif expected is not meant:
+        error = _difference(meant, found)
     return AcceleratedModel(best.network, best.layout, choice.report(best, error), prepared, best.kernels)
 
 
@@ -254,28 +285,23 @@ class _Choice:
         candidates = {f"dense-{layout}": self.dense(layout) for layout in self._layouts()}
         for layout in self._layouts():
             chosen = self._chosen(layout)
-            if any(kernel.uses_sparsity for kernel in chosen.values()):
+            if not _plain(chosen):
                 candidates[f"sparse-{layout}"] = self._assembled(layout, chosen)
-        synchronise = synchroniser(self.device)
-
-        def runner(candidate: _Candidate) -> Any:
-            inputs = inputs_in_layout(self.inputs, NCHW)
-
-            def run() -> None:
-                candidate.run(inputs)
-                synchronise()
-
-            return run
-
-        runs = {name: runner(candidate) for name, candidate in candidates.items()}
-        timings = {name: repeated(run, self.rounds) for name, run in runs.items()}
-        for _ in range(_SWEEPS - 1):  # in turn, so that a slow spell of the machine meets all of them
-            timings = {name: timings[name] + repeated(run, self.rounds) for name, run in runs.items()}
-        for name, timing in timings.items():
-            candidates[name].seconds = timing.best_s
+        handicaps = {name: MARGIN for name, candidate in candidates.items() if _plain(candidate.kernels)}
+        found = race({name: self._runner(candidate) for name, candidate in candidates.items()}, handicaps)
+        for name, seconds in found.best_s.items():
+            candidates[name].seconds = seconds
         self.dense_s = min(c.seconds for name, c in candidates.items() if name.startswith("dense"))
-        best = min(candidates.values(), key=lambda c: c.seconds * (1.0 if _sparse(c) else MARGIN))
-        return best
+        return candidates[found.winner]
+
+    def _runner(self, candidate: _Candidate) -> Callable[[], None]:
+        inputs, synchronise = inputs_in_layout(self.inputs, NCHW), synchroniser(self.device)
+
+        def run() -> None:
+            candidate.run(inputs)
+            synchronise()
+
+        return run
 
     def dense(self, layout: str) -> _Candidate:
         """The network without sparse kernels."""
@@ -292,7 +318,7 @@ class _Choice:
             estimated = 0.0
         for name, layer in self.layers.items():
             kernel = best.kernels.get(name)
-            seconds = math.nan if kernel is None else self._estimate(name, kernel)
+            seconds = math.nan if kernel is None else self._estimate(name, kernel, best.layout)
             estimated += seconds
             row = self.prepared.table.names.index(f"{name}.weight")
             rows.append(
@@ -326,10 +352,10 @@ class _Choice:
         others = [
             kernel
             for kernel in self.kernels
-            if kernel.uses_sparsity
+            if (kernel.uses_sparsity if kernel.exact else name in self.prepared.steps)
             and (kernel.layout == layout or isinstance(self.layers[name], nn.Linear))
             and not any(kernel.refuses(work, self.dtype, self.device) for work in self.works[name])
-            and kernel.refuses_weight(self.layers[name].weight) is None
+            and self.prepared.kernel_for(name, kernel).refuses_weight(self.layers[name].weight) is None
         ]
         return [dense, *others]
 
@@ -339,9 +365,9 @@ class _Choice:
         for name, layer in self.layers.items():
             usable = self._usable(name, layout)
             if not (layer.weight == 0).any():
-                usable = usable[:1]
-            elif self.profile is not None:
-                estimates = {kernel: self._estimate(name, kernel) for kernel in usable}
+                usable = [kernel for kernel in usable if not kernel.uses_sparsity]
+            if self.profile is not None and len(usable) > 1:
+                estimates = {kernel: self._estimate(name, kernel, layout) for kernel in usable}
                 least = min(value for value in estimates.values() if not math.isnan(value))
                 usable = [kernel for kernel in usable if estimates[kernel] <= _NEAR * least]
             rivals[name] = usable
@@ -351,7 +377,7 @@ class _Choice:
             times = self._contest(layout, chosen, contested)
             for name, kernels in contested.items():
                 dense_first = [
-                    seconds * (1.0 if kernel.uses_sparsity else MARGIN)
+                    seconds * (MARGIN if isinstance(kernel, Dense) else 1.0)
                     for kernel, seconds in zip(kernels, times[name], strict=True)
                 ]
                 chosen[name] = kernels[dense_first.index(min(dense_first))]
@@ -381,7 +407,7 @@ class _Choice:
                 pass
         return {name: sum(min(times) for times in layer.seconds[0]) for name, layer in timed.items()}
 
-    def _estimate(self, name: str, kernel: LayerKernel) -> float:
+    def _estimate(self, name: str, kernel: LayerKernel, layout: str) -> float:
         """Seconds of a layer as it is; NaN if the profile does not know the kernel."""
         cost = self.profile.costs.get(kernel.name) if self.profile is not None else None
         if self.profile is None or not isinstance(cost, FittedCost):
@@ -390,11 +416,15 @@ class _Choice:
             return math.nan
         left = measured_occupancy(self.layers[name].weight)
         source = self.estimator.source if self.estimator is not None else None
-        return sum(float(cost.seconds(work, left, source)) for work in self.works[name])
+        seconds = torch.stack([cost.seconds(work, left, source) for work in self.works[name]]).sum()
+        if self.estimator is not None and self.prepared.rectifies(name, kernel):
+            seconds = self.estimator.rectified(seconds, f"{name}.weight", cost, layout)
+        return float(seconds)
 
 
-def _sparse(candidate: _Candidate) -> bool:
-    return any(kernel.uses_sparsity for kernel in candidate.kernels.values())
+def _plain(kernels: Mapping[str, LayerKernel]) -> bool:
+    """Whether all layers run dense and in floating point."""
+    return all(isinstance(kernel, Dense) for kernel in kernels.values())
 
 
 def _difference(expected: Any, given: Any) -> float:

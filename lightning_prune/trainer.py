@@ -16,6 +16,7 @@ from lightning_prune.granularities import Granularity, Unstructured
 from lightning_prune.kernel_report import KernelReport
 from lightning_prune.latency.profile import DeviceProfile
 from lightning_prune.plan import Share, SparsityPlan
+from lightning_prune.quantization.settings import QuantizationSettings
 from lightning_prune.search.curves import Sensitivity
 from lightning_prune.search.result import SearchResult
 from lightning_prune.search.schemes import LEVELS
@@ -237,7 +238,7 @@ class PruneTrainer(Trainer):
         *,
         metric: str = "val_acc",
         mode: Literal["max", "min"] = "max",
-        max_drop: float = 0.01,
+        max_drop: float | None = 0.01,
         objective: str = "latency",
         scheme: str = "unstructured",
         levels: Sequence[float] = LEVELS,
@@ -249,10 +250,12 @@ class PruneTrainer(Trainer):
         storage: str | None = None,
         study_name: str | None = None,
         profile: str | Path = "device.json",
+        quantize: QuantizationSettings | str | None = None,  # of the first type is the error that is shown
         repair: Literal["layerwise", "sequential"] = "layerwise",
         tuning_steps: int = 0,
         recovery: str = "one_shot",
         recovery_epochs: int = 10,
+        confirmations: int = 3,
         calibration_examples: int = 512,
         batch_size: int = 1,
         threads: int = 1,
@@ -272,13 +275,14 @@ class PruneTrainer(Trainer):
             datamodule: Its training data repair and recover, its validation data judge. Test data are never used.
             metric: That validation logs.
             mode: "max" where higher is better, "min" where lower is.
-            max_drop: How much the metric may lose, absolute; 0 allows no loss at all.
+            max_drop: How much the metric may lose, absolute; 0 allows no loss at all. With null, the front of cost and
+                metric is searched: `search_result.json` has its plans, and none is chosen.
             objective: What is made small: latency, throughput, macs, parameters, bytes, memory or energy.
             scheme: Pattern of the zeros: unstructured, block (4x4), nm (2:4), filter, or mixed (the best per layer).
             levels: Shares removed among which each layer has one, or none.
             names: Weights or patterns that may be pruned; all linear and 2-D convolution weights by default.
-            n_trials: Evaluations of a whole network's metric, of all workers, the dense one's included; up to three
-                more confirm the winner.
+            n_trials: Evaluations of a whole network's metric, of all workers, the dense one's included; confirming a
+                plan takes up to two more, and one the dense network.
             timeout: Seconds after which no further trial begins.
             sampler: Of Optuna, by class_path; by default one made for this search.
             seed: Of the default sampler.
@@ -286,6 +290,9 @@ class PruneTrainer(Trainer):
                 (sqlite:///, postgresql://, mysql://) or a journal file; by default `study.db` in the output folder.
             study_name: Of the study; workers that give the same name and storage share it.
             profile: File of the device profile; it is made, or extended for this network, where need be.
+            quantize: What candidates are quantised to before they are measured, so that the threshold is for the
+                accuracy that is deployed: int8 (as the 8-bit kernels run it), int8_asymmetric, int8_symmetric or int4
+                for all layers, mixed to let each layer be dense in int8 or sparse in floating point, or settings.
             repair: How the kept weights of a candidate are fitted by least squares: layerwise, each layer on the inputs
                 it has in the dense network, once for all candidates; or sequential, on those that the repaired layers
                 before it give, anew for each candidate: slower, and more accurate where much is removed.
@@ -294,6 +301,8 @@ class PruneTrainer(Trainer):
             recovery: How the winner is fine-tuned: one_shot, agp, rewind (learning-rate rewinding), lc
                 (learning-compression) or none.
             recovery_epochs: Epochs of it; the best one counts.
+            confirmations: How many feasible plans are recovered and confirmed on all validation data at most, the
+                cheapest first: the next one's turn comes where the last lost too much.
             calibration_examples: Training examples that kept weights are fitted on.
             batch_size: Examples in a pass; latencies hold for this number.
             threads: Threads that torch computes with.
@@ -329,10 +338,12 @@ class PruneTrainer(Trainer):
             storage=storage,
             study_name=study_name,
             profile=profile,
+            quantize=quantize,
             repair=repair,
             tuning_steps=tuning_steps,
             recovery=recovery,
             recovery_epochs=recovery_epochs,
+            confirmations=confirmations,
             calibration_examples=calibration_examples,
             batch_size=batch_size,
             threads=threads,

@@ -220,7 +220,9 @@ def test_a_search_cut_short_keeps_the_budget_and_claims_no_proof_that_it_lacks(
             exact = allocator.exact(budget, scale)
             problem = Problem(Fronts.of(errors, times), scale, budget)
             for enough, items in ((0.0, 12), (0.05, 12), (0.0, 2)):
-                found = search(problem, Effort(items=items, width=width, branches=branches, near=near, enough=enough))
+                found = search(
+                    problem, Effort(items, width, branches, branches, near=near, enough=enough, again=enough)
+                )
                 assert problem.fronts.time[found.chosen].sum() <= budget
                 assert found.bound <= exact.error * (1 + 1e-9)
                 assert found.error >= exact.error * (1 - 1e-9)
@@ -304,7 +306,7 @@ def test_holding_the_breaking_item_or_not_finds_the_same(near: float) -> None:
     errors, times = tables("noisy", 25, 12, seed=11)
     for budget in budgets(times, (0.05, 0.2, 0.5)):
         problem = Problem(Fronts.of(errors, times), np.ones(25), budget)
-        found = search(problem, Effort(items=25, width=1 << 14, branches=12, near=near, enough=0.0))
+        found = search(problem, Effort(25, 1 << 14, 12, 12, near=near, enough=0.0, again=0.0))
         assert found.bound == found.error == pytest.approx(BudgetAllocator(errors, times).exact(budget).error)
 
 

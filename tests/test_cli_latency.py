@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_prune import NM, DeviceProfile, SparsityPlan
 from lightning_prune.cli import main
 from lightning_prune.commands.network import example_inputs
-from lightning_prune.latency import calibration, passes
+from lightning_prune.latency import passes, session
 from lightning_prune.trainer import PruneTrainer
 from tests.support import Tiny, loader
 from tests.test_cli import ON_CPU, QUIET, configs, environment, error_of, launch
@@ -116,13 +116,13 @@ def test_an_interrupted_calibration_goes_on(
             raise KeyboardInterrupt
         return real(kernel, *args, **options)
 
-    monkeypatch.setattr(calibration, "measure_kernel", interrupted)
+    monkeypatch.setattr(session, "measure_kernel", interrupted)
     with pytest.raises(SystemExit, match="Interrupted"):
         calibrate("--output=mine/device.json")
     assert "what was measured is kept in mine/device.json; the same command goes on" in capsys.readouterr().out
     kept = DeviceProfile.load("mine/device.json").measurements
     assert {m.kernel for m in kept} == {"dense"}
-    monkeypatch.setattr(calibration, "measure_kernel", real)
+    monkeypatch.setattr(session, "measure_kernel", real)
     calibrate("--output=mine/device.json")
     whole = DeviceProfile.load("mine/device.json")
     assert set(whole.measurements) > set(kept)
@@ -131,7 +131,7 @@ def test_an_interrupted_calibration_goes_on(
     def at_once(*args: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(calibration, "measure_kernel", at_once)
+    monkeypatch.setattr(session, "measure_kernel", at_once)
     with pytest.raises(SystemExit, match="Interrupted"):
         calibrate("--output=none.json")
     assert "nothing was measured yet" in capsys.readouterr().out

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_prune.masks import masks
 from lightning_prune.reconstruction import (
+    DenseOutputs,
     LayerStatistics,
     each_layer_statistics,
     layer_statistics,
@@ -420,6 +421,38 @@ def test_sequential_repair_of_a_layer_called_twice() -> None:
         best = np.linalg.lstsq(inputs.numpy(), wanted[:, row].numpy(), rcond=None)[0]
         got = [*found.tensors["twice.weight"][row, kept[row]].tolist(), float(found.tensors["twice.bias"][row])]
         np.testing.assert_allclose(got, best, rtol=1e-3, atol=1e-5)
+
+
+def test_what_the_dense_network_gives_is_remembered() -> None:
+    """Further masks cost no pass of the dense network, and are repaired as without memory."""
+    passes = [0]
+
+    class Counting(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            passes[0] += 1
+            return super().forward(x)  # type: ignore[no-any-return, no-untyped-call]
+
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3)]
+    model = Counting(*layers).eval()
+    batches = [torch.randn(n, 2, 8, 8, generator=seeded(n)) for n in (5, 7)]
+    names = ["0.weight", "2.weight", "4.weight"]
+    memory = DenseOutputs()
+    rounds = []
+    for seed, some in ((1, names[1:]), (2, names), (3, names), (4, names[:1])):
+        kept = {name: torch.rand(model.get_parameter(name).shape, generator=seeded(seed)) < 0.5 for name in some}
+        options: dict[str, Any] = {"max_positions": 3, "seed": 4}
+        expected = reconstruct(model, kept, batches, **options)
+        passes[0] = 0
+        found = reconstruct(model, kept, batches, remember=memory, **options)
+        rounds.append(passes[0])
+        assert found.errors == expected.errors
+        for name, value in expected.tensors.items():
+            assert torch.equal(found.tensors[name], value), name
+    # Two batches: of the dense network, one pass to count calls, then one for each new layer; of the pruned one, one
+    # for each layer.
+    assert rounds == [2 * (1 + 2 + 2), 2 * (0 + 1 + 3), 2 * (0 + 0 + 3), 2 * (0 + 0 + 1)]
+    assert list(memory.by_layer) == ["2.weight", "4.weight", "0.weight"]
 
 
 def test_what_cannot_be_repaired_is_masked_and_said() -> None:

@@ -24,10 +24,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_prune import SparsityPlan
 from lightning_prune.cli import main
+from lightning_prune.commands import search as command
 from lightning_prune.commands.evaluation import Validation
 from lightning_prune.commands.recovery import RECOVERIES
 from lightning_prune.commands.validation import validated
+from lightning_prune.kernels import ALL_KERNELS, KERNELS, Workload
+from lightning_prune.kernels.int8 import unavailable
+from lightning_prune.latency.measurement import Measurement
+from lightning_prune.latency.profile import digest
+from lightning_prune.layers import layer_table
 from lightning_prune.search.result import SearchResult
+from lightning_prune.terminal import console
 from lightning_prune.trainer import PruneTrainer
 from tests.support import Tiny, loader
 from tests.test_cli import ON_CPU, QUIET, ROOT, configs, environment, error_of, launch, listening
@@ -174,6 +181,50 @@ def test_search_writes_a_result_and_a_recipe_that_prunes_to_the_plan(capsys: pyt
         assert int((state[name] == 0).sum()) == round(sparsity * state[name].numel()), name
 
 
+def test_a_quantised_search_reports_both_accuracies(capsys: pytest.CaptureFixture[str]) -> None:
+    found = search("--quantize=int4", "--levels=[0.5,0.8]", "--max_drop=0.3", "--trainer.max_epochs=3")
+    shown = capsys.readouterr().out
+    assert found["quantization"] == "int4"
+    assert found["bits"] == {"network.layers.0.weight": 4, "network.layers.1.weight": 4}
+    # Dense, trials, the winner, the winner in floating point, and the dense one quantised.
+    assert 1 + 1 + 3 < found["evaluations"] <= 5 + 3
+    numbers = [found[name] for name in ("float_accuracy", "quantized_dense_accuracy", "accuracy", "dense_accuracy")]
+    assert all(0.3 < number <= 1.0 for number in numbers)
+    assert found["drop"] == pytest.approx(found["dense_accuracy"] - found["accuracy"])
+    exact = f"{numbers[0]:.4f}, and the dense network, quantised, {numbers[1]:.4f}"
+    assert "Quantising the dense network: int4" in shown
+    assert f"quantised (int4): 2 layers; in floating point it is {exact}" in shown
+    recipe = Path("out", "recipe.yaml").read_text()
+    assert "# val_acc is that of the quantised network (int4, 2 layers); in floating point " in recipe
+    assert re.search(r"# +network\.layers\.0\.weight: 0\.\d+, [\d,]+ of 1,536 weights left, 4 bits", recipe)
+    page = Path("out", "report.html").read_text()
+    for cell in ("val_acc, quantised (int4)", "val_acc in floating point", "val_acc, all layers quantised"):
+        assert cell in page
+
+
+def test_kernels_in_integers_are_timed_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    before: Any = vars(command)["calibrate"]
+    network, example = Wide().eval(), torch.zeros(1, 8)
+
+    def calibrate(*args: Any, kernels: Any, **options: Any) -> Any:
+        asked.append(kernels)
+        made = before(*args, **options)
+        work = Workload("linear", 1, 8, 32)
+        measured = [
+            Measurement(k.name, work, 0.0, 1.0, 1e-5, 0.0, digest(layer_table(network, example))) for k in kernels
+        ]
+        made = replace(made, measurements=tuple(measured))
+        made.save("device.json")
+        return made
+
+    monkeypatch.setattr(command, "calibrate", calibrate)
+    for quantized in (False, False, True, True, False):
+        command._profile(network, example, Path("device.json"), quantized, False, console())
+    # What is known is not timed again, but in integers, which the first time left out.
+    assert asked == ([KERNELS, ALL_KERNELS] if unavailable() is None else [KERNELS])
+
+
 @pytest.mark.parametrize("recovery", [*RECOVERIES, "none"])
 def test_every_recovery_keeps_the_plan_and_makes_nothing_worse(recovery: str) -> None:
     result = by_python(recovery=recovery, recovery_epochs=3, n_trials=3)
@@ -207,7 +258,7 @@ def test_candidates_are_fine_tuned_before_they_are_measured() -> None:
     model, by = Wide(), trainer()
     by.fit(model, datamodule=TinyData())
     by.save_checkpoint("dense.ckpt")
-    given = {"ckpt_path": "dense.ckpt", "n_trials": 4}
+    given: dict[str, Any] = {"ckpt_path": "dense.ckpt", "n_trials": 4}
     bare = by_python(output="bare", **given)
     result = by_python(tuning_steps=12, repair="sequential", recovery="one_shot", recovery_epochs=1, **given)
     assert bare.details["candidates"] == "layerwise repair"
@@ -305,6 +356,10 @@ class TestRefused:
             (["--levels=[0.5,1.5]"], "levels are shares removed, in (0, 1), got [0.5, 1.5]"),
             (["--names=[network.layer.0.weight]"], "closest: 'network.layers.0.weight'"),
             (["--batch_size=0"], "got batch_size=0"),
+            (["--quantize=int9"], "got quantize='int9'; closest: 'int8'"),
+            (["--quantize=mixed"], "'macs' does not depend on it: give objective 'latency' or 'throughput'"),
+            (["--quantize.exclude=network.fc"], "exclude names 'network.fc', which matches none of the 2 layers"),
+            (["--quantize.bits=9"], "bits is a width of 2 to 8, or 16, got bits=9"),
             (["--storage=postgresql://nobody:secret@127.0.0.1:9/none"], "://nobody:***@127.0.0.1:9/none"),
             (["--storage=mysql+none://x/y"], "mysql+none://x/y is no storage"),
             (["--ckpt_path=none.ckpt"], "there is no checkpoint at 'none.ckpt'"),
@@ -446,3 +501,19 @@ def test_python_needs_no_command_line() -> None:
     saved = SearchResult.load("out/search_result.json")
     assert replace(saved, details={}) == replace(result, details={})
     assert saved.details["seconds"] == result.details["seconds"]
+
+
+def test_a_front_is_written_and_nothing_is_chosen(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["search", *NETWORK, *SMALL, "--objective=macs", "--max_drop=null", "--n_trials=8"])
+    found = json.loads(Path("out", "search_result.json").read_text())
+    assert found["max_drop"] is None
+    assert found["evaluations"] == 8
+    assert found["plan"] == {}
+    assert len(found["details"]["front"]) > 1
+    assert not Path("out", "recipe.yaml").exists()
+    assert not Path("out", "plan.yaml").exists()
+    page = Path("out", "report.html").read_text()
+    assert f"A front of {len(found['details']['front'])} plans" in page
+    said = " ".join(capsys.readouterr().out.split())
+    assert "front of macs and val_acc" in said
+    assert "plans are in the first" in said

@@ -185,6 +185,31 @@ def test_cifar10_jpegs_are_read_in_memory(tmp_path: Path, monkeypatch: pytest.Mo
     assert [path.name for path in tmp_path.rglob("*")] == ["cifar10", "cifar10_jpeg.tar.gz"]
 
 
+def test_cifar10_validates_on_test_images_where_all_training_images_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jpeg_archive(tmp_path / "cifar10" / "cifar10_jpeg.tar.gz", 4, ["airplane", "dog"])
+    monkeypatch.setenv("LIGHTNING_PRUNE_DATA", str(tmp_path))
+    data = CIFAR10("jpeg", val_from="test", val_share=0.5)
+    data.setup("fit")
+    sets = data._sets
+    assert [len(sets[part]) for part in ("train", "val", "test")] == [8, 4, 4]
+    assert sets["val"].labels.bincount().tolist() == sets["test"].labels.bincount().tolist() == [2, 2]
+    assert [sets[part].augment for part in ("train", "val", "test")] == [True, False, False]
+    with pytest.raises(ValueError, match="holds validation images out from 'train' or 'test', got val_from='all'"):
+        CIFAR10("jpeg", val_from="all")  # type: ignore[arg-type]
+
+
+@needs_data
+def test_halves_of_the_test_images_are_disjoint() -> None:
+    data = CIFAR10("lossless_subset", val_from="test", val_share=0.5, download=False)
+    data.setup("fit")
+    train, val, test = (len(data._sets[part]) for part in ("train", "val", "test"))
+    assert (train, val + test) == (8068, 1017)
+    assert abs(val - test) <= 10
+    assert not contents(data, "val") & contents(data, "test")
+
+
 def image_folder(root: Path, parts: dict[str, dict[str, int]]) -> None:
     for part, classes in parts.items():
         for name, count in classes.items():

@@ -15,7 +15,11 @@ from lightning_prune.allocation.relaxation import Problem
 
 __all__ = ["Allocation", "BudgetAllocator", "couple"]
 
-_FAST = Effort(items=12, width=64, branches=6, near=0.005, enough=0.001)
+_FEW_ITEMS = 24
+_FEW = Effort(items=12, width=64, branches=6, programmes=6, near=0.005, enough=0.001, again=0.001)
+_MANY = Effort(items=14, width=64, branches=2, programmes=2, near=0.005, enough=0.002, again=0.008)
+"""Of few items each counts for more; of many, whole programmes are what takes time, and two of them are enough."""
+
 _FIRST_WIDTH = 128
 _GROWTH = 4
 
@@ -121,7 +125,8 @@ class BudgetAllocator:
         Source: Sinha & Zoltners, "The Multiple-Choice Knapsack Problem" (1979); Frantar & Alistarh, SPDY (2022), for
         the problem.
         """
-        return self._solve(budget, coefficients, lambda problem: search(problem, _FAST))
+        effort = _FEW if len(self.errors) <= _FEW_ITEMS else _MANY
+        return self._solve(budget, coefficients, lambda problem: search(problem, effort))
 
     def exact(self, budget: float, coefficients: npt.ArrayLike | None = None, most_states: int = 1 << 15) -> Allocation:
         """The best choices: a dynamic programme over undominated sums, cut by the relaxation's bound.
@@ -145,7 +150,8 @@ class BudgetAllocator:
         def proven(problem: Problem) -> Found:
             width, found = min(_FIRST_WIDTH, most_states), None
             while True:
-                effort = Effort(len(self.errors), width, self.errors.shape[1], near=0.002, enough=EXACT)
+                points = self.errors.shape[1]
+                effort = Effort(len(self.errors), width, points, points, near=0.002, enough=EXACT, again=EXACT)
                 found = search(problem, effort, None if found is None else found.chosen)
                 if found.bound >= found.error or width >= most_states:
                     return found

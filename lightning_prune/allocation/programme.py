@@ -28,15 +28,19 @@ class Effort:
         items: how many items may leave the base, those first that do so at the least `r`.
         width: how many states a set may have, those of the least `r`.
         branches: at how many points the item that breaks the budget is held in turn.
+        programmes: for how many of them, the most promising first, a programme runs.
         near: the share from which on it is held so; below, one programme over all items does.
         enough: the share from which on a choice is taken as it is.
+        again: likewise, once a programme has run.
     """
 
     items: int
     width: int
     branches: int
+    programmes: int
     near: float
     enough: float
+    again: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +88,7 @@ def _branch(problem: Problem, item: int, found: Found, effort: Effort) -> Found:
     A large step of one item alone leaves much of the budget, and a multiplier that fits no other item.
     """
     points, bounds = bounds_of(problem, item)
-    chosen, error, proven = found.chosen, found.error, np.inf
+    chosen, error, proven, left = found.chosen, found.error, np.inf, effort.programmes
     for rank, place in enumerate(np.argsort(bounds, kind="stable")):
         bound = float(bounds[place])
         if bound >= error:
@@ -94,9 +98,13 @@ def _branch(problem: Problem, item: int, found: Found, effort: Effort) -> Found:
             break
         relaxed = relax(problem, int(points[place]))
         chosen = min(chosen, fill(problem, relaxed), key=problem.error)
-        if (error := problem.error(chosen)) - bound <= effort.enough * abs(error):
+        error = problem.error(chosen)
+        # After the first programme, another one is worth its time only where much may be gained.
+        least = effort.enough if left == effort.programmes else effort.again
+        if left == 0 or error - bound <= least * abs(error):
             proven = min(proven, bound)
             continue
+        left -= 1
         chosen, complete = _improve(problem, relaxed, chosen, effort)
         error = problem.error(chosen)
         if not complete:
@@ -165,7 +173,8 @@ def _undominated(time: Floats, error: Floats, grain: float) -> npt.NDArray[np.in
     order = time.argsort(kind="stable")
     # Without grains, sums that differ only in how they were rounded would all be kept.
     best = np.minimum.accumulate(np.floor(error[order] / grain))
-    keep = np.ones(len(order), dtype=np.bool_)
+    keep = np.empty(len(order), dtype=np.bool_)
+    keep[0] = True
     np.less(best[1:], best[:-1], out=keep[1:])
     kept: npt.NDArray[np.intp] = order[keep]
     return kept

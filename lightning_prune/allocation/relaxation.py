@@ -50,6 +50,12 @@ class Problem:
         order = np.argsort(-slope, kind="stable")[: np.count_nonzero(slope > 0.0)]
         return order, slope[order]
 
+    @cached_property
+    def ordered(self) -> tuple[Ints, Floats, Ints]:
+        """Of the steps, the item, the time that each takes, and the point that it leads to."""
+        order, _ = self.steps
+        return self.fronts.owner[order], self.fronts.pace[order], self.fronts.hull[order]
+
     def error(self, chosen: Ints) -> float:
         """The weighted error of a choice of points."""
         return float(self.weighted[chosen].sum())
@@ -103,36 +109,41 @@ def relax(problem: Problem, held: int | None = None) -> Relaxation:
     fronts = problem.fronts
     base = fronts.start.copy()
     steps, slope = problem.steps
+    owner, pace, hull = problem.ordered
     fixed = None
     if held is not None:
         fixed = int(fronts.item[held])
         base[fixed] = held
-        others = fronts.owner[steps] != fixed
-        steps, slope = steps[others], slope[others]
+        others = owner != fixed
+        pace = pace * others  # those of the item itself take no time, and lead nowhere below
     slack = problem.spare(base)
-    spent = fronts.pace[steps].cumsum()
+    spent = pace.cumsum()
     taken = int(spent.searchsorted(slack, side="right"))
-    ends = fronts.hull[steps[:taken]]
-    np.maximum.at(base, fronts.item[ends], ends)
+    items, ends = owner[:taken], hull[:taken]
+    if held is not None:
+        items, ends = items[others[:taken]], ends[others[:taken]]
+    np.maximum.at(base, items, ends)
     spare = max(problem.spare(base), 0.0)
     if taken == len(steps):
         return Relaxation(base, spare, 0.0, problem.error(base), None, fixed)
     multiplier = float(slope[taken])
     bound = problem.error(base) - multiplier * spare
-    return Relaxation(base, spare, multiplier, bound, int(fronts.owner[steps[taken]]), fixed)
+    return Relaxation(base, spare, multiplier, bound, int(owner[taken]), fixed)
 
 
 def bounds_of(problem: Problem, item: int) -> tuple[Ints, Floats]:
     """The points of one item and the bound if it is held there, infinite where that exceeds the budget."""
     fronts = problem.fronts
     points = np.flatnonzero(fronts.item == item)
-    steps, _ = problem.steps
-    steps = steps[fronts.owner[steps] != item]
+    _, slope = problem.steps
+    owner, pace, _ = problem.ordered
+    rest = np.flatnonzero(owner != item)
     others = np.delete(fronts.start, item)
     slack = problem.budget - float(fronts.time[others].sum()) - fronts.time[points]
-    spent = np.concatenate([[0.0], fronts.pace[steps].cumsum()])
-    gained = fronts.gain[steps] * problem.coefficients[fronts.owner[steps]]
-    saved = np.interp(slack, spent, np.concatenate([[0.0], gained.cumsum()]))
+    spent, gained = np.zeros(len(rest) + 1), np.zeros(len(rest) + 1)
+    np.cumsum(pace[rest], out=spent[1:])
+    np.cumsum(slope[rest] * pace[rest], out=gained[1:])
+    saved = np.interp(slack, spent, gained)
     bound = problem.weighted[points] + problem.error(others) - saved
     return points, np.where(slack >= 0.0, bound, np.inf)
 

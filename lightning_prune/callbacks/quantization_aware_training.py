@@ -13,11 +13,11 @@ from torch import nn
 
 from lightning_prune.callbacks import _training
 from lightning_prune.moments import Epochs, Interval, Moment, Unit, check_moment, position_of
-from lightning_prune.quantization.quantizers import LayerQuantizers
+from lightning_prune.quantization.quantizers import LayerQuantizers, layer_quantizers
 from lightning_prune.quantization.ranges import AveragedMinMax, MinMax, Range
 from lightning_prune.quantization.schemes import Scheme
 from lightning_prune.quantization.settings import QuantizationSettings
-from lightning_prune.quantization.twin import layer_quantizers, quantizable
+from lightning_prune.quantization.twin import quantizable
 
 
 class QuantizationAwareTraining(Callback):
@@ -47,6 +47,7 @@ class QuantizationAwareTraining(Callback):
         first_bits: of the first layer in the order in which the module lists them.
         last_bits: of the last layer, likewise.
         outputs: whether outputs of layers are quantised too.
+        weight_scheme: of weights, if it differs from that of activations.
         begin: a share of the training, `Epochs(n)` or `Steps(n)`.
         freeze: when ranges of activations are fixed, given likewise; 1.0 is never.
 
@@ -70,6 +71,7 @@ class QuantizationAwareTraining(Callback):
         first_bits: int | None = None,
         last_bits: int | None = None,
         outputs: bool = False,
+        weight_scheme: Scheme | None = None,
         begin: Moment = 0.0,
         freeze: Moment = 0.75,
     ) -> None:
@@ -85,6 +87,7 @@ class QuantizationAwareTraining(Callback):
             first_bits,
             last_bits,
             outputs,
+            weight_scheme,
         )
         check_moment("begin", begin)
         check_moment("freeze", freeze)

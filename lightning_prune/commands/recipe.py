@@ -73,6 +73,7 @@ def _about(trainer: Trainer, result: SearchResult) -> list[str]:
         f"dense checkpoint: {details.get('dense_checkpoint')}, best epoch {details.get('dense_epoch')}",
         f"{result.metric}: {result.accuracy:.6g}, dense {result.dense_accuracy:.6g}, "
         f"drop {result.drop:.4g} of at most {result.max_drop:g}" + ("" if result.feasible else " (NOT feasible)"),
+        *_quantized(result),
         f"before recovery: {result.search_accuracy:.6g}; {_recovery(details)}",
         f"least {result.objective}: {result.cost:.6g} {result.unit}, dense {result.dense_cost:.6g} {result.unit}; "
         f"{result.evaluations} evaluations",
@@ -96,8 +97,18 @@ def _about(trainer: Trainer, result: SearchResult) -> list[str]:
         left = "" if layer.nonzeros is None else f", {layer.nonzeros:,} of {layer.params:,} weights left"
         pattern = f" {layer.pattern}" if layer.pattern else ""
         kernel = f", {layer.kernel}" if layer.kernel else ""
-        lines.append(f"  {layer.name}: {layer.sparsity:g}{pattern}{left}{kernel}")
+        bits = f", {result.bits[layer.name]} bits" if layer.name in result.bits else ""
+        lines.append(f"  {layer.name}: {layer.sparsity:g}{pattern}{left}{bits}{kernel}")
     return lines
+
+
+def _quantized(result: SearchResult) -> list[str]:
+    if not result.quantization:
+        return []
+    return [
+        f"{result.metric} is that of the quantised network ({result.quantization}, {len(result.bits)} layers); in "
+        f"floating point {result.float_accuracy:.6g}; dense, quantised {result.quantized_dense_accuracy:.6g}"
+    ]
 
 
 def _recovery(details: Mapping[str, Any]) -> str:

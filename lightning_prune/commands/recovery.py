@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -133,25 +135,38 @@ class Tuning:
         Raises:
             KeyboardInterrupt: as everywhere; Lightning would end the process.
         """
-        sibling = _sibling(
-            self.trainer,
-            [RECOVERIES["one_shot"](plan)],
-            max_epochs=-1,
-            max_steps=self.steps,
-            limit_val_batches=0,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-        )
         model = copy.deepcopy(_detached(self.model))
         model.load_state_dict(network.state_dict())
-        with keyboard_interrupts(), isolate_rng(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what there is to say was said when the dense network was trained
+        with keyboard_interrupts(), isolate_rng(), _silence():
+            sibling = _sibling(
+                self.trainer,
+                [RECOVERIES["one_shot"](plan)],
+                max_epochs=-1,
+                max_steps=self.steps,
+                limit_val_batches=0,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+            )
             random.seed(self.seed)
-            np.random.seed(self.seed)
+            np.random.seed(self.seed)  # noqa: NPY002  what users' augmentations draw from
             torch.manual_seed(self.seed)
             sibling.fit(model, datamodule=self.datamodule)
         network.load_state_dict(model.state_dict())
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without what Lightning says of every training: it was said when the dense network was trained."""
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _sibling(trainer: Trainer, callbacks: list[Callback], **settings: Any) -> Trainer:

@@ -22,14 +22,19 @@ from lightning_prune.commands.network import example_inputs, network_of, torch_t
 from lightning_prune.commands.recipe import write_recipe
 from lightning_prune.commands.recovery import RECOVERIES, Recovery, Tuning
 from lightning_prune.commands.validation import keyboard_interrupts, require_validation
+from lightning_prune.kernels import ALL_KERNELS, KERNELS, QUANTIZED_KERNELS
+from lightning_prune.kernels.int8 import unavailable
 from lightning_prune.latency import DeviceProfile, calibrate
 from lightning_prune.latency.machine import Machine
+from lightning_prune.latency.profile import digest
 from lightning_prune.layers import layer_table
 from lightning_prune.preparation import placement
+from lightning_prune.quantization.settings import QuantizationSettings
 from lightning_prune.report import report
 from lightning_prune.search.events import SearchEvents
 from lightning_prune.search.history import save_trials
 from lightning_prune.search.objectives import objective_of
+from lightning_prune.search.quantized import quantization_of, require_quantizable
 from lightning_prune.search.result import SearchResult
 from lightning_prune.search.schemes import entries_of
 from lightning_prune.search.search import Phases, require_settings, search_sparsity
@@ -49,7 +54,7 @@ def run(
     *,
     metric: str,
     mode: Literal["max", "min"],
-    max_drop: float,
+    max_drop: float | None,
     objective: str,
     scheme: str,
     levels: Sequence[float],
@@ -61,10 +66,12 @@ def run(
     storage: str | None,
     study_name: str | None,
     profile: str | Path,
+    quantize: str | QuantizationSettings | None,
     repair: Literal["layerwise", "sequential"],
     tuning_steps: int,
     recovery: str,
     recovery_epochs: int,
+    confirmations: int,
     calibration_examples: int,
     batch_size: int,
     threads: int,
@@ -73,8 +80,9 @@ def run(
     output: str | Path | None,
 ) -> SearchResult:
     """See `PruneTrainer.search`."""
-    require_settings(max_drop, metric, mode, n_trials, timeout)
+    require_settings(max_drop, metric, mode, n_trials, timeout, confirmations)
     _check(objective, tuning_steps, recovery, recovery_epochs, calibration_examples)
+    quantization = None if quantize is None else quantization_of(quantize)
     require_validation(trainer, model)
     out = console()
     folder = Path(output or trainer.log_dir or trainer.default_root_dir)
@@ -86,6 +94,8 @@ def run(
     with generators_kept(network):
         inputs = example_inputs(trainer, network, datamodule, batch_size)
         entries_of(network, layer_table(network, inputs), scheme, levels, names)
+        if quantization is not None:
+            require_quantizable(quantization, network, objective_of(objective, batch_size))
         validation.check(network)
         batches = _calibration(trainer, network, datamodule, calibration_examples)
     if Path(profile).exists():
@@ -119,7 +129,7 @@ def run(
                 max_drop=max_drop,
                 metric=metric,
                 mode=mode,
-                profile=_profile(network, inputs, Path(profile), progress, out),
+                profile=_profile(network, inputs, Path(profile), quantization is not None, progress, out),
                 objective=objective,
                 scheme=scheme,
                 levels=levels,
@@ -131,10 +141,12 @@ def run(
                 storage=opened,
                 study_name=name,
                 chance=_chance(model, metric, mode),
+                quantize=quantization,
                 repair=repair,
                 tune=Tuning(trainer, model, datamodule, steps=tuning_steps) if tuning_steps else None,
                 recover=recover,
                 confirm=validation.whole if validation.partial else None,
+                confirmations=confirmations,
                 on_trial=events.on_trial,
                 phases=Phases(said=lambda line: say(out, line)),
                 progress=progress,
@@ -229,14 +241,19 @@ def _chance(model: LightningModule, metric: str, mode: str) -> float | None:
     return 1.0 / classes if classes and "acc" in metric and mode == "max" else None
 
 
-def _profile(network: nn.Module, inputs: Any, path: Path, progress: bool, out: Console) -> DeviceProfile:
-    """The profile of this machine, calibrated for this network where it does not know it."""
+def _profile(
+    network: nn.Module, inputs: Any, path: Path, quantized: bool, progress: bool, out: Console
+) -> DeviceProfile:
+    """The profile of this machine, calibrated for this network where it does not know it, or not in integers."""
+    table = layer_table(network, inputs)
+    kernels = ALL_KERNELS if quantized and unavailable() is None else KERNELS
     if path.exists():
         known = _known(path, network)
-        if known.network(layer_table(network, inputs)) is not None:
+        timed = {m.kernel for m in known.measurements if m.source == digest(table)}
+        if known.network(table) is not None and (kernels is KERNELS or timed & {k.name for k in QUANTIZED_KERNELS}):
             return known
     say(out, f"Timing this machine's kernels on the network's layers ({path})")
-    return calibrate(network, inputs, profile=path, spread=0, progress=progress)
+    return calibrate(network, inputs, profile=path, kernels=kernels, spread=0, progress=progress)
 
 
 def _known(path: Path, network: nn.Module) -> DeviceProfile:
@@ -247,8 +264,9 @@ def _known(path: Path, network: nn.Module) -> DeviceProfile:
 
 
 def _write(trainer: Trainer, result: SearchResult, folder: Path) -> None:
-    result.plan.save(folder / "plan.yaml")
-    write_recipe(trainer, result, folder / "recipe.yaml")
+    if math.isfinite(result.max_drop):  # of a front, nobody has chosen a plan yet
+        result.plan.save(folder / "plan.yaml")
+        write_recipe(trainer, result, folder / "recipe.yaml")
     result.save(folder / "search_result.json")  # last: where it stands, the others do
 
 
@@ -259,14 +277,29 @@ def _report(folder: Path, study: Study, result: SearchResult) -> None:
 
 
 def _say_result(out: Console, result: SearchResult, folder: Path) -> None:
+    if not math.isfinite(result.max_drop):
+        points = ", ".join(f"{point['cost']:.4g} {result.unit} at {point['accuracy']:.4f}" for point in result.front)
+        say(
+            out,
+            f"front of {result.objective} and {result.metric} (dense {result.dense_cost:.4g} {result.unit} at "
+            f"{result.dense_accuracy:.4f}): {points or 'nothing was evaluated'}",
+        )
+        say(out, f"written: {folder}/search_result.json, trials.json, report.html; the plans are in the first")
+        return
     verdict = "feasible" if result.feasible else "NOT feasible: the nearest plan found is reported"
-    if not len(result.plan):
+    if not len(result.plan) and not result.bits:
         verdict = f"NOTHING found that is cheaper than the dense network ({result.details.get('stopped')})"
     say(
         out,
         f"{result.metric} {result.accuracy:.4f} (dense {result.dense_accuracy:.4f}, drop {result.drop:.4f} of at most "
         f"{result.max_drop:g}): {verdict}",
     )
+    if result.quantization:
+        say(
+            out,
+            f"quantised ({result.quantization}): {len(result.bits)} layers; in floating point it is "
+            f"{result.float_accuracy:.4f}, and the dense network, quantised, {result.quantized_dense_accuracy:.4f}",
+        )
     if not math.isnan(result.measured_latency_s):
         say(
             out,

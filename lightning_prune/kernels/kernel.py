@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_prune.granularities import Granularity, Unstructured
 from lightning_prune.kernels.occupancy import Occupancy
+from lightning_prune.kernels.steps import Steps
 from lightning_prune.kernels.workload import Workload
 
 NCHW, NHWC = "nchw", "nhwc"
@@ -39,6 +40,9 @@ class LayerKernel(ABC):
     uses_sparsity: bool = True
     """Whether its time depends on what is left of the weight."""
 
+    exact: bool = True
+    """Whether it gives what the layer gives but for rounding of floats; others run layers that a twin quantises."""
+
     rectifies: bool = False
     """Whether what it builds has an attribute `relu`, with which it rectifies and marks its results."""
 
@@ -62,6 +66,14 @@ class LayerKernel(ABC):
     @abstractmethod
     def build(self, layer: nn.Linear | nn.Conv2d) -> nn.Module:
         """The module that computes what `layer`, with its zeros, computes; `layer` is not changed."""
+
+    def quantized(self, steps: Steps) -> LayerKernel:
+        """The kernel for a layer whose inputs and weights are rounded in these steps; one that is exact is the same."""
+        return self
+
+    def sample(self, layer: nn.Linear | nn.Conv2d) -> nn.Module:
+        """What calibration times: what `build` gives, unless that would take another time in use."""
+        return self.build(layer)
 
     @abstractmethod
     def features(self, work: Workload, left: Occupancy) -> dict[str, Tensor | float]:

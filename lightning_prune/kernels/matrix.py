@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import warnings
 from abc import abstractmethod
 
 import torch
@@ -12,26 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_prune.kernels.kernel import LayerKernel, octaves, shape_coordinates
+from lightning_prune.kernels.notices import hear
 from lightning_prune.kernels.occupancy import Occupancy
 from lightning_prune.kernels.workload import Workload
 
-
-def _hear_notice() -> None:
-    """Let torch say, once per process, that compressed tensors are in beta, where nobody hears it.
-
-    Done on import, which a module of this file that comes from another process needs as well. The filter comes and
-    goes by itself: `warnings.catch_warnings` would also undo what other threads change meanwhile.
-    """
-    notice = r"Sparse \w+ tensor support is in beta"
-    warnings.filterwarnings("ignore", notice, UserWarning)
-    with contextlib.suppress(UserWarning):  # should another thread have put its own filters back just now
-        torch.zeros(1, 1, device="cpu").to_sparse_csr()
-    for entry in [entry for entry in warnings.filters if getattr(entry[1], "pattern", None) == notice]:
-        with contextlib.suppress(ValueError):
-            warnings.filters.remove(entry)  # type: ignore[attr-defined]
-
-
-_hear_notice()
+hear(r"Sparse \w+ tensor support is in beta", lambda: torch.zeros(1, 1, device="cpu").to_sparse_csr())
 
 
 class SparseMatrix(nn.Module):

@@ -128,6 +128,23 @@ class SparseLayer(nn.Module):
         )
 
 
+def _eventful(left: Occupancy) -> Tensor:
+    """Share of the guessed cost of visiting filters that is paid, 1 where zeros are anywhere.
+
+    Filters without weights are hardly visited, and visits are cheaper where neighbouring inputs are kept together: by
+    blocks of 8 x 8, or in what is left of outputs and inputs that went as a whole. The numbers were measured, 40 masks
+    of a linear layer and of a 3x3 convolution with 3 to 50 % of the weights.
+    """
+    rows, columns = left.rows.double().clamp_min(1e-6), left.columns.double().clamp_min(1e-6)
+    density = (left.density.double() / (rows * columns)).clamp(1e-6, 1.0)  # of outputs and inputs with any weight
+    together = left.blocks(1, 8).double() / (rows * (1.0 - (1.0 - columns) ** 8))
+    filled = (density / together.clamp_min(1e-9)).clamp(max=1.0)
+    by_chance = density / (1.0 - (1.0 - density) ** 8)
+    scattered = ((1.0 - filled) / (1.0 - by_chance).clamp_min(1e-6)).clamp(0.0, 1.0)
+    scattered = scattered * (4.0 * (1.0 - density)).clamp(max=1.0)
+    return (0.15 + 0.85 * rows) * (0.35 + 0.65 * scattered)
+
+
 class SIMD(LayerKernel):
     """Our own kernel for zeros anywhere: only weights that are left are multiplied, each with a whole vector.
 
@@ -164,7 +181,7 @@ class SIMD(LayerKernel):
         return {
             "calls": 1.0,
             "compute": like_density(done.compute),
-            "visits": like_density(done.visits),
+            "visits": like_density(done.visits) * _eventful(left),
             "copied": like_density(done.copied),
             "written": like_density(done.written),
             "stored": density * work.weights,

@@ -3,43 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from lightning_prune.kernels import KERNELS, LAYOUTS, NHWC, Dense, LayerKernel, Workload, workloads
-from lightning_prune.latency.context import Sequenced
-from lightning_prune.latency.fitted import fitted_cost, held_out_errors, summary
+from lightning_prune.kernels import ALL_KERNELS, KERNELS, LayerKernel, workloads
 from lightning_prune.latency.machine import Machine
-from lightning_prune.latency.measurement import Measurement, telling
-from lightning_prune.latency.passes import Layers, Passes, measure_kernel
-from lightning_prune.latency.producers import producers
-from lightning_prune.latency.profile import DeviceProfile, NetworkRecord, digest
+from lightning_prune.latency.profile import DeviceProfile, digest
+from lightning_prune.latency.session import Session
 from lightning_prune.latency.spread import around
-from lightning_prune.latency.timing import keep_freed_memory, repeated, synchroniser
+from lightning_prune.latency.timing import keep_freed_memory
 from lightning_prune.layers import LayerTable
-from lightning_prune.preparation import Prepared, in_layout, inputs_in_layout, placement
-from lightning_prune.tracing import call
+from lightning_prune.preparation import Prepared, placement
 
 __all__ = ["calibrate"]
 
-_logger = logging.getLogger(__name__)
-
-_IN_ONE_PASS = 30
-"""Shapes beside the network's that are timed in one pass."""
-
 _DENSE = 4
 """How many times more shapes are timed dense."""
-
-_ATTEMPTS = 3
-"""How often a kernel is timed until the machine is quiet."""
 
 
 class NoisyMachineWarning(UserWarning):
@@ -74,8 +57,8 @@ def calibrate(
         example_inputs: as for `layer_table`.
         profile: to be extended: what it holds is not measured again. If it is a path, the profile is also written
             there after every kernel, so that an interrupted calibration goes on where it stopped.
-        kernels: to be timed; `KERNELS` and your own.
-        rounds: each timing is the least of so many.
+        kernels: to be timed; `KERNELS` and your own, or `ALL_KERNELS` for those that run quantised twins as well.
+        rounds: each timing is the least of so many; of up to five times as many where passes take milliseconds.
         spread: how many shapes beside the model's are timed, so that the profile also answers for other networks.
         progress: whether to show a progress bar.
 
@@ -133,203 +116,6 @@ def calibrate(
     return result
 
 
-class Session:
-    """Collects measurements, skips what is known, and saves after every step.
-
-    Dense layers are timed first, and again beside every kernel: where the whole machine has become slower or faster
-    meanwhile, the kernel's times are scaled to the first time.
-    """
-
-    def __init__(
-        self,
-        machine: Machine,
-        kernels: Sequence[LayerKernel],
-        rounds: int,
-        known: DeviceProfile | None,
-        path: Path | None,
-    ) -> None:
-        self.machine, self.rounds, self.path, self.known = machine, rounds, path, known
-        self.kernels = tuple(dict.fromkeys((*(Dense(layout) for layout in LAYOUTS), *kernels)))
-        self.measurements = list(known.measurements) if known else []
-        self.networks = dict(known.networks) if known else {}
-        self.quiet = known.quiet if known else True
-
-    def steps(self, shapes: Sequence[Workload]) -> int:
-        """How many steps a whole calibration has."""
-        return len(self.kernels) * (1 + -(-len(shapes) // _IN_ONE_PASS))
-
-    def measure_network(self, prepared: Prepared, source: str, bar: Callable[[float], None]) -> None:
-        """Time a network: whole and dense, then layer by layer with every kernel."""
-        self._report_idle(prepared)
-        known = source in self.networks
-        if not known:
-            self.measurements = [m for m in self.measurements if m.source != source]  # of an interrupted start
-        fixed_s: dict[str, float] = {}
-        dense_s: dict[str, float] = {}
-        layers_s: dict[str, float] = {}
-        images = any(work.kind == "conv2d" for works in prepared.works.values() for work in works)
-        for dense_first in (True, False):
-            for layout in LAYOUTS if images else LAYOUTS[:1]:
-                model = in_layout(prepared.model, layout)
-                layers: Layers = {name: (model.get_submodule(name), prepared.works[name]) for name in prepared.works}  # type: ignore[misc]
-
-                def run(model: nn.Module = model, layout: str = layout) -> None:
-                    call(model, inputs_in_layout(prepared.inputs, layout))  # converting them is part of a pass
-
-                kernels = [k for k in self.kernels if k.layout == layout and k.uses_sparsity != dense_first]
-                passes = self._measure(kernels, model, layers, run, source, bar)
-                rests = tuple(rest for one in passes for rest in one.rests)
-                if not dense_first and rests:
-                    self._add_rests(source, layout, rests)
-                if dense_first and not known:
-                    dense_s[layout] = _whole(run, max(self.rounds, 15), torch.device(self.machine.kind))
-                    layers_s[layout] = self._dense_s(source, layout)
-                    most_s = max(dense_s[layout] - layers_s[layout], 0.0)
-                    rest_s = passes[0].rest_s if passes else math.nan  # measured before this calibration went on
-                    fixed_s[layout] = most_s if math.isnan(rest_s) else min(max(rest_s, 0.0), most_s)
-            if dense_first and not known:
-                named = {f"{name}.weight": layer for name, layer in prepared.layers.items()}
-                self.networks[source] = NetworkRecord(
-                    type(prepared.model).__name__,
-                    tuple(named),
-                    sum(work.output_elements for works in prepared.works.values() for work in works),
-                    {layout: fixed_s.get(layout, fixed_s[LAYOUTS[0]]) for layout in LAYOUTS},
-                    {layout: dense_s.get(layout, dense_s[LAYOUTS[0]]) for layout in LAYOUTS},
-                    {layout: layers_s.get(layout, layers_s[LAYOUTS[0]]) for layout in LAYOUTS},
-                    {},
-                    producers(prepared.model, prepared.inputs, named),
-                )
-                self.save()
-
-    def _report_idle(self, prepared: Prepared) -> None:
-        """Say which kernels run nothing here, for lack of a library, say."""
-        works = [work for calls in prepared.works.values() for work in calls]
-        device, dtype = torch.device(self.machine.kind), self.machine.torch_dtype
-        for kernel in self.kernels:
-            reasons = {kernel.refuses(work, dtype, device) for work in works}
-            if None not in reasons:
-                _logger.info("kernel %s is left out: %s", kernel.name, "; ".join(sorted(map(str, reasons))))
-
-    def measure_spread(
-        self, shapes: Sequence[Workload], bar: Callable[[float], None], *, dense_only: bool = False
-    ) -> None:
-        """Time the kernels on single layers that are run one after another, alike ones together."""
-        order = sorted(shapes, key=lambda w: (w.kind, w.macs + 20 * (w.weights + w.input_elements + w.output_elements)))
-        generator = torch.Generator().manual_seed(0)
-        device, dtype = torch.device(self.machine.kind), self.machine.torch_dtype
-        for start in range(0, len(order), _IN_ONE_PASS):
-            for layout in LAYOUTS:
-                part = [w for w in order[start : start + _IN_ONE_PASS] if layout != NHWC or w.kind == "conv2d"]
-                # Up and down again, so that the first of a pass follows one of its size as the others do.
-                part = part[::2] + part[1::2][::-1]
-                with torch.random.fork_rng(devices=[]):  # the weights of new layers are drawn
-                    modules = [w.layer().to(device, dtype).eval().requires_grad_(False) for w in part]
-                inputs = [torch.randn(w.input_shape(), generator=generator).to(device, dtype) for w in part]
-                sequence = in_layout(Sequenced(modules, inputs_in_layout(inputs, layout)), layout)
-                layers: Layers = {f"layers.{i}": (sequence.layers[i], (w,)) for i, w in enumerate(part)}  # type: ignore[index,misc]
-                usable = [k for k in self.kernels if k.layout == layout and not (dense_only and k.uses_sparsity)]
-                kernels = sorted(usable, key=lambda k: k.uses_sparsity)
-                self._measure(kernels, sequence, layers, sequence, "spread", bar)
-
-    def _measure(
-        self,
-        kernels: Sequence[LayerKernel],
-        model: nn.Module,
-        layers: Layers,
-        run: Callable[[], Any],
-        source: str,
-        bar: Callable[[float], None],
-    ) -> list[Passes]:
-        """Time kernels on those layers of a model that they were not timed on before."""
-        done = []
-        for kernel in kernels:
-            have = {m.work for m in self.measurements if m.kernel == kernel.name and m.source == source}
-            missing = {name: (layer, works) for name, (layer, works) in layers.items() if not have.issuperset(works)}
-            if not missing:
-                bar(1.0)
-                continue
-            for attempt in range(_ATTEMPTS):
-                passes = measure_kernel(
-                    kernel,
-                    model,
-                    missing,
-                    run,
-                    source=source,
-                    rounds=self.rounds,
-                    machine=self.machine,
-                    advance=bar if attempt == 0 else lambda share: None,
-                )
-                if passes.quiet:
-                    break
-            self.quiet &= passes.quiet
-            if passes.measurements:
-                self.measurements += self._at_first_speed(passes, kernel, source)
-                self.save()
-            done.append(passes)
-        return done
-
-    def _add_rests(self, source: str, layout: str, rests: tuple[tuple[float, float], ...]) -> None:
-        record = self.networks[source]
-        together = {**record.rests, layout: (*record.rests.get(layout, ()), *rests)}
-        self.networks[source] = replace(record, rests=together)
-
-    def _at_first_speed(self, passes: Passes, kernel: LayerKernel, source: str) -> list[Measurement]:
-        if not kernel.uses_sparsity:
-            return list(passes.measurements)
-        first: dict[Workload, list[float]] = {}
-        for m in self.measurements:
-            if m.source == source and _is_dense(m, kernel.layout):
-                first.setdefault(m.work, []).append(m.seconds)
-        both = [work for work in passes.dense_s if work in first]
-        speed = sum(sum(first[work]) for work in both) / sum(passes.dense_s[work] for work in both) if both else 1.0
-        return [replace(m, seconds=m.seconds * speed) for m in passes.measurements]
-
-    def _dense_s(self, source: str, layout: str) -> float:
-        """Seconds of a network's layers when dense."""
-        return sum(m.seconds for m in self.measurements if m.source == source and _is_dense(m, layout))
-
-    def profile(self, held_out: bool) -> DeviceProfile:
-        """What is known by now."""
-        by_kernel = {
-            kernel: telling(kernel, self.measurements)
-            for kernel in self.kernels
-            if any(m.kernel == kernel.name for m in self.measurements)
-        }
-        costs = {kernel.name: fitted_cost(kernel, found) for kernel, found in by_kernel.items() if found}
-        others = {} if self.known is None else {n: c for n, c in self.known.costs.items() if n not in costs}
-        errors = {
-            kernel.name: summary(held_out_errors(kernel, found), len({m.work for m in found}))
-            for kernel, found in by_kernel.items()
-            if found and held_out
-        }
-        return DeviceProfile(
-            self.machine,
-            {**others, **costs},
-            tuple(self.measurements),
-            self.networks,
-            {name: error for name, error in errors.items() if error is not None},
-            self.rounds,
-            self.quiet,
-        )
-
-    def save(self) -> None:
-        """Write what is known by now, costs not yet fitted, so that an interrupt loses one step at most."""
-        if self.path is not None:
-            DeviceProfile(
-                self.machine,
-                {},
-                tuple(self.measurements),
-                self.networks,
-                rounds=self.rounds,
-                quiet=self.quiet,
-            ).save(self.path)
-
-
-def _is_dense(measurement: Measurement, layout: str) -> bool:
-    """Whether it is of a dense layer of a network in a layout; linear layers have one time in all."""
-    return measurement.kernel == Dense(LAYOUTS[0] if measurement.work.kind == "linear" else layout).name
-
-
 def _refused(table: LayerTable) -> str:
     """Why each layer has no kernel."""
     reasons = []
@@ -344,20 +130,8 @@ def _refused(table: LayerTable) -> str:
 
 def _known(profile: DeviceProfile | str | Path | None, kernels: Sequence[LayerKernel]) -> DeviceProfile | None:
     if isinstance(profile, str | Path):
-        return DeviceProfile.load(profile, (*KERNELS, *kernels)) if Path(profile).exists() else None
+        return DeviceProfile.load(profile, (*ALL_KERNELS, *kernels)) if Path(profile).exists() else None
     return profile
-
-
-def _whole(run: Callable[[], object], rounds: int, device: torch.device) -> float:
-    """Seconds of a whole dense pass."""
-    synchronise = synchroniser(device)
-
-    def whole() -> None:
-        run()
-        synchronise()
-
-    with torch.inference_mode():
-        return repeated(whole, rounds).best_s
 
 
 @contextlib.contextmanager

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_prune.granularities import NM, Filter, Granularity, Unstructured
-from lightning_prune.kernels import NCHW, expected_occupancy
+from lightning_prune.granularities import Granularity, Unstructured
+from lightning_prune.kernels import NCHW
 from lightning_prune.kernels.workload import runnable
-from lightning_prune.latency.curves import LIVING_KNOTS, SPARSITY_KNOTS, Curves, filter_knots
+from lightning_prune.latency.compiled import MARGIN, Compiled, Compiler, LayoutCurves, rectified
 from lightning_prune.latency.fitted import FittedCost
-from lightning_prune.latency.profile import DeviceProfile, Producers, digest
+from lightning_prune.latency.profile import DeviceProfile, digest
+from lightning_prune.latency.roofline import RooflineCost
 from lightning_prune.layers import LayerTable
 
-__all__ = ["LatencyEstimator"]
+__all__ = ["MARGIN", "LatencyEstimator"]
 
 _AT_ONCE = 1024
 """Candidates per step: their intermediate values stay in cache, and memory does not grow with their number."""
-
-MARGIN = 0.98
-"""A sparse kernel is taken if it needs at most this share of the dense time; less is within the noise."""
 
 Pattern = Granularity | Sequence[Granularity]
 
@@ -35,9 +32,9 @@ class LatencyEstimator:
         latency_s = min over layouts of (a + (1 + b) * sum over layers of min over kernels of kernel_latency_s)
 
     `a + b t` is the measured part of a pass that is not spent in layers: activations, pooling, additions,
-    normalisations that could not be folded. It is faster the more the layers leave in cache, hence `b`; for a dense
-    pass it is `fixed_s`. One memory layout holds for a network, so that nothing is converted. Between knots of
-    sparsity (0, 0.2, 0.4, 0.5, ... 0.99, 0.995, 1) times are linear.
+    normalisations that could not be folded. It is faster the more the layers leave in cache, hence `b`. From layers
+    whose kernels do the ReLU behind them, the time of that ReLU is taken off. One memory layout holds for a network, so
+    that nothing is converted. Between knots of sparsity (0, 0.2, 0.4, 0.5, ... 0.99, 0.995, 1) times are linear.
 
     Zeros in a pattern help the kernels that can use it; zeros anywhere help no kernel of blocks. Where whole filters
     are removed, the layers that they feed have fewer inputs; channels that several layers add up to are silent only
@@ -47,6 +44,7 @@ class LatencyEstimator:
         table: of the network, at the batch size that is asked about.
         profile: of the machine. If the network itself was calibrated, its own times and its fixed part count;
             otherwise layers are estimated from others, and the fixed part in proportion to the outputs.
+        quantized: whether kernels count that are not exact, which run layers of quantised twins alone.
 
     Raises:
         ValueError: the profile can cost no kernel for a layer that it would have to.
@@ -61,18 +59,23 @@ class LatencyEstimator:
     tensor([0.0010, 0.0005], dtype=torch.float64)
     """
 
-    def __init__(self, table: LayerTable, profile: DeviceProfile) -> None:
+    def __init__(self, table: LayerTable, profile: DeviceProfile, *, quantized: bool = False) -> None:
         self.table, self.profile = table, profile
         self.network = profile.network(table)
-        self.kernels: tuple[str, ...] = tuple(profile.costs)
+        self.kernels: tuple[str, ...] = tuple(
+            name
+            for name, cost in profile.costs.items()
+            if quantized or not isinstance(cost, FittedCost) or cost.kernel.exact
+        )
         works = runnable(table)
         if self.network is not None:
             works = {name: calls for name, calls in works.items() if name in self.network.layers}
         self._works = works
+        self._compiler = Compiler(table, profile, self.network, self.kernels, works)
         self.source = digest(table)
-        self._compiled: dict[tuple[Granularity, ...], _Compiled] = {}
+        self._compiled: dict[tuple[Granularity, ...], Compiled] = {}
         for name in works:
-            if not self._costed(name, Unstructured()):
+            if not self._compiler.costed(name, Unstructured()):
                 raise ValueError(
                     f"the device profile has no kernel for {name} ({works[name][0]}); calibrate this network with "
                     "`calibrate(model, example_inputs, profile=...)`"
@@ -92,6 +95,17 @@ class LatencyEstimator:
             return 0.0
         outputs = sum(work.output_elements for works in self._works.values() for work in works)
         return outputs * statistics.median(n.fixed_s[layout] / n.output_elements for n in known)
+
+    def rectified(self, seconds: Tensor, name: str, cost: FittedCost | RooflineCost, layout: str) -> Tensor:
+        """Seconds of a layer less those of the ReLU that its kernel does by itself, which the rest of a pass has.
+
+        Args:
+            seconds: of the layer.
+            name: of its weight.
+            cost: of the kernel.
+            layout: of the network.
+        """
+        return rectified(seconds, self.network, name, cost, layout)
 
     def whole_s(self, layers_s: float, layout: str) -> float:
         """Seconds of a pass whose layers take `layers_s`."""
@@ -140,7 +154,7 @@ class LatencyEstimator:
         """
         compiled = self._compile(pattern)
 
-        def seconds(layout: _LayoutCurves, part: Tensor) -> Tensor:
+        def seconds(layout: LayoutCurves, part: Tensor) -> Tensor:
             full = part.new_zeros(part.shape[1], len(self.table))
             alive = None if compiled.livings is None else torch.ones_like(part)
             full[:, layout.rows] = layout.times(part, alive).amin(dim=1).t() * (1.0 + layout.rest_share)
@@ -218,7 +232,7 @@ class LatencyEstimator:
         for row, spec in enumerate(self.table):
             if spec.name not in self._works:
                 continue
-            usable = [k for k, name in enumerate(self.kernels) if self._fits_layout(name, spec.kind, layout)]
+            usable = [k for k, name in enumerate(self.kernels) if self._compiler.fits_layout(name, spec.kind, layout)]
             least = times[:, row, usable].amin(dim=1)
             slower = (least >= MARGIN * least[0]).nonzero().flatten()
             last = int(slower[-1]) if len(slower) else 0
@@ -266,7 +280,7 @@ class LatencyEstimator:
     def _chunked(
         self,
         sparsity: Tensor,
-        compiled: _Compiled,
+        compiled: Compiled,
         function: Callable[[Tensor, Tensor | None], Tensor],
         trailing: tuple[int, ...],
         dtype: torch.dtype | None = None,
@@ -282,19 +296,6 @@ class LatencyEstimator:
             result[start : start + _AT_ONCE] = function(part, compiled.living(part))
         return result.reshape((*sparsity.shape[:-1], *trailing))
 
-    def _costed(self, name: str, pattern: Granularity) -> list[int]:
-        """Kernels that have a cost for every call of a layer with zeros in a pattern."""
-        return [
-            index
-            for index, kernel in enumerate(self.kernels)
-            if self.profile.costs[kernel].serves(pattern)
-            and not any(self.profile.refuses(self.profile.costs[kernel], work) for work in self._works[name])
-        ]
-
-    def _fits_layout(self, kernel: str, kind: str, layout: str) -> bool:
-        own = self.profile.costs[kernel].layout
-        return own is None or kind == "linear" or own == layout
-
     def _patterns(self, pattern: Pattern) -> tuple[Granularity, ...]:
         if isinstance(pattern, Granularity):
             return (pattern,) * len(self.table)
@@ -302,172 +303,9 @@ class LatencyEstimator:
             raise ValueError(f"one pattern, or one for each of the {len(self.table)} layers, got {len(pattern)}")
         return tuple(pattern)
 
-    def _compile(self, pattern: Pattern) -> _Compiled:
+    def _compile(self, pattern: Pattern) -> Compiled:
         patterns = self._patterns(pattern)
         if patterns not in self._compiled:
-            self._compiled[patterns] = self._curves(patterns)
+            rests = {layout: self._rest(layout) for layout in self.profile.layouts}
+            self._compiled[patterns] = self._compiler(patterns, rests)
         return self._compiled[patterns]
-
-    def _curves(self, patterns: tuple[Granularity, ...]) -> _Compiled:
-        inputs: dict[str, Producers] = {}
-        if self.network is not None and any(not isinstance(p, Unstructured | NM) for p in patterns):
-            inputs = {name: groups for name, groups in self.network.producers.items() if name in self._works}
-        rows = torch.tensor([row for row, spec in enumerate(self.table) if spec.name in self._works], dtype=torch.int64)
-        layouts = []
-        for layout in self.profile.layouts:
-            usable = [
-                [
-                    k
-                    for k in self._costed(self.table[row].name, patterns[row])
-                    if self._fits_layout(self.kernels[k], self.table[row].kind, layout)
-                ]
-                for row in rows.tolist()
-            ]
-            if not all(usable):
-                continue
-            kernels = sorted({k for ks in usable for k in ks})
-            knots = torch.stack([self._knots(row, patterns[row]) for row in rows.tolist()]) if len(rows) else None
-            values = torch.zeros(0, 1, len(SPARSITY_KNOTS), 1)
-            if knots is not None:
-                values = torch.stack(
-                    [
-                        self._values(row, patterns[row], kernels, usable[i], coupled=bool(inputs), knots=knots[i])
-                        for i, row in enumerate(rows.tolist())
-                    ]
-                )
-            infinite = values.isinf().all(dim=3).all(dim=2)
-            most = values.masked_fill(values.isinf(), 0.0).amax(dim=(1, 2, 3), keepdim=True)
-            values = torch.where(values.isinf(), 2.0 * most, values)  # between finite ones, lines stay lines
-            unusable = torch.where(infinite, math.inf, 0.0)
-            layouts.append(_LayoutCurves(rows, tuple(kernels), Curves(values, knots), unusable, *self._rest(layout)))
-        if not layouts:
-            raise ValueError(
-                f"the device profile has in no memory layout kernels for all layers with zeros in the patterns "
-                f"{sorted({str(pattern) for pattern in patterns})}; calibrate this network with all of KERNELS"
-            )
-        fixed = torch.tensor(
-            [r for r, spec in enumerate(self.table) if spec.name not in self._works], dtype=torch.int64
-        )
-        return _Compiled(tuple(layouts), fixed, self._livings(inputs, patterns) if inputs else None)
-
-    def _knots(self, row: int, pattern: Granularity) -> Tensor:
-        if isinstance(pattern, Filter) and self.table[row].kind == "conv2d":
-            return filter_knots(self.table[row].weight_shape[0])
-        return torch.tensor(SPARSITY_KNOTS, dtype=torch.float64)
-
-    def _values(
-        self,
-        row: int,
-        pattern: Granularity,
-        kernels: Sequence[int],
-        usable: Sequence[int],
-        coupled: bool,
-        knots: Tensor,
-    ) -> Tensor:
-        """`[kernels, sparsity knots, living knots]`, infinite for those that are not usable."""
-        spec = self.table[row]
-        # How many inputs are alive is known on average only: four places around it stand for its distribution.
-        living = torch.tensor(LIVING_KNOTS if coupled else (1.0,), dtype=torch.float64)
-        inputs = max(work.inputs for work in self._works[spec.name])
-        spread = (living * (1.0 - living) / inputs).sqrt()[:, None] * torch.tensor([-1.2, -0.4, 0.4, 1.2])
-        living = ((living[:, None] + spread).clamp(0.0, 1.0) * inputs).round().clamp_min(1.0) / inputs
-        sparsity = knots[:, None, None].expand(-1, *living.shape)
-        left = expected_occupancy(pattern, sparsity, spec.weight_shape, living.expand_as(sparsity))
-        rows = []
-        for index in kernels:
-            if index not in usable:
-                rows.append(torch.full(sparsity.shape, math.inf, dtype=torch.float64))
-                continue
-            cost = self.profile.costs[self.kernels[index]]
-            rows.append(
-                sum(
-                    (
-                        cost.seconds(work, left, self.source)
-                        if isinstance(cost, FittedCost)
-                        else cost.seconds(work, left)
-                        for work in self._works[spec.name]
-                    ),
-                    torch.zeros(sparsity.shape, dtype=torch.float64),
-                )
-            )
-        times = torch.stack(rows).mean(dim=-1)
-        # What is hardly faster than the kernel that looks for no zeros is not faster: of several noisy estimates the
-        # least is too low. `accelerate` asks for the same margin.
-        plain = [k for k, index in enumerate(kernels) if index in usable and not self._uses_sparsity(index)]
-        if plain:
-            dense = times[plain].amin(dim=0)
-            times = torch.where(times > MARGIN * dense, times.maximum(dense), times)
-            times[:, 0, -1] = times[:, 0, -1].maximum(dense[0, -1])
-        return times
-
-    def _uses_sparsity(self, index: int) -> bool:
-        cost = self.profile.costs[self.kernels[index]]
-        return cost.kernel.uses_sparsity if isinstance(cost, FittedCost) else cost.skips != "nothing"
-
-    def _livings(
-        self, inputs: Mapping[str, Producers], patterns: tuple[Granularity, ...]
-    ) -> Callable[[Tensor], Tensor]:
-        """Share of living inputs of every layer: `[layers, n]` sparsities -> `[layers, n]`."""
-        index = {spec.name: row for row, spec in enumerate(self.table)}
-        knots = torch.tensor(SPARSITY_KNOTS, dtype=torch.float64)
-        rows = torch.stack(
-            [
-                expected_occupancy(pattern, knots, spec.weight_shape).rows
-                for spec, pattern in zip(self.table, patterns, strict=True)
-            ]
-        )
-        left = Curves(rows[:, None, :, None])
-        timed = {spec.name for spec in self.table if spec.name in self._works}
-
-        def living(sparsity: Tensor) -> Tensor:
-            result = torch.ones_like(sparsity)
-            speaking = left(sparsity)[:, 0].clamp_(0.0, 1.0)
-            for row, spec in enumerate(self.table):
-                for share, layers in inputs.get(spec.name, ()):
-                    if timed.issuperset(layers):
-                        silent = torch.stack([1.0 - speaking[index[name]] for name in layers]).prod(dim=0)
-                        result[row] -= share * silent
-                if spec.groups > 1:
-                    speaking[row] *= result[row]
-                else:  # an output also falls silent when every input does
-                    speaking[row] *= 1.0 - (1.0 - result[row]) ** spec.weight_shape[1]
-            return result.clamp_(0.0, 1.0)
-
-        return living
-
-
-@dataclass(frozen=True)
-class _LayoutCurves:
-    """What one memory layout costs: of the layers `rows`, with the kernels of these indices."""
-
-    rows: Tensor
-    kernels: tuple[int, ...]
-    curves: Curves
-    unusable: Tensor
-    rest_s: float
-    rest_share: float
-
-    def times(self, sparsity: Tensor, living: Tensor | None) -> Tensor:
-        """`[all layers, n]` -> `[rows, kernels, n]`: seconds, far from the least where a kernel is not usable."""
-        return self.curves(sparsity[self.rows], None if living is None else living[self.rows])
-
-    def usable_times(self, sparsity: Tensor, living: Tensor | None) -> Tensor:
-        """The same, infinite where a kernel is not usable."""
-        times = self.times(sparsity, living)
-        return times + self.unusable.to(times.dtype).unsqueeze(2)
-
-    def whole_s(self, least: Tensor) -> Tensor:
-        """`[rows, n]` seconds of the layers -> `[n]` of the pass."""
-        return least.sum(dim=0).mul_(1.0 + self.rest_share).add_(self.rest_s)
-
-
-@dataclass(frozen=True)
-class _Compiled:
-    """Curves per layout, rows of layers in the fixed part, and how silent filters thin out inputs."""
-
-    layouts: tuple[_LayoutCurves, ...]
-    fixed_rows: Tensor
-    livings: Callable[[Tensor], Tensor] | None
-
-    def living(self, sparsity: Tensor) -> Tensor | None:
-        return None if self.livings is None else self.livings(sparsity)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prune.kernels import LayerKernel, Workload
+from lightning_prune.kernels import Dense, LayerKernel, Workload
 from lightning_prune.latency.context import Pass, TimedLayer, overhead_s, passes_of, timed_passes
 from lightning_prune.latency.machine import Machine
 from lightning_prune.latency.measurement import Measurement
@@ -30,14 +30,15 @@ class Passes:
     Args:
         measurements: per layer call and variant.
         dense_s: per layer call, the least time of the dense layer in the same passes.
-        rests: per variant, seconds by which the layers, and the rest of the pass, differ from the dense pass.
-        rest_s: what of the first variant's passes is not spent in layers: the median, the timing's own share taken off.
+        shares: per variant, the layers' least times added up, and the least time of a pass, as shares of those of the
+            dense passes beside it.
+        rest_s: what of the dense passes is not spent in layers: the least, the timing's own share taken off.
         quiet: whether the process had its core to itself.
     """
 
     measurements: tuple[Measurement, ...]
     dense_s: Mapping[Workload, float]
-    rests: tuple[tuple[float, float], ...]
+    shares: tuple[tuple[float, float], ...]
     rest_s: float
     quiet: bool
 
@@ -72,8 +73,8 @@ def measure_kernel(
     for name, (layer, works) in layers.items():
         variants: list[nn.Module] = []
         if not any(kernel.refuses(work, machine.torch_dtype, device) for work in works):
-            places[name] = points(kernel, works[0]) if kernel.uses_sparsity else ()
-            variants = [kernel.build(pruned(layer, kernel.granularity, place, generator)) for place in places[name]]
+            places[name] = () if isinstance(kernel, Dense) else points(kernel, works[0])
+            variants = [kernel.sample(pruned(layer, kernel.granularity, place, generator)) for place in places[name]]
         timed[name] = TimedLayer([layer, *variants], device)
     if not places:
         advance(1.0)
@@ -98,31 +99,30 @@ def measure_kernel(
     wall = sum(one.whole.wall_s[0] for one in passes)
     thread = sum(one.whole.thread_s[0] for one in passes)
     single = machine.kind == "cpu" and machine.threads == 1
-    outside = statistics.median(one.whole.wall_s[0] - one.layers_s for one in passes if one.number == 0)
-    timings = sum(len(works) for _, works in layers.values())
+    clock_s = overhead_s(device) * sum(len(works) for _, works in layers.values())
+    outside = min(one.whole.wall_s[0] - one.layers_s for one in passes if one.number == 0)
     return Passes(
         tuple(measurements),
         dense_s,
-        _rests(passes),
-        outside - timings * overhead_s(device),
+        _shares(passes, list(timed.values()), clock_s),
+        outside - clock_s,
         not single or wall - thread <= AGREEMENT * wall,
     )
 
 
-def _rests(passes: Sequence[Pass]) -> tuple[tuple[float, float], ...]:
-    """How layers' time and the rest of a pass differ from those of the dense pass, for each number of the variants."""
-    by_number: dict[int, list[Pass]] = {}
+def _shares(passes: Sequence[Pass], layers: Sequence[TimedLayer], clock_s: float) -> tuple[tuple[float, float], ...]:
+    """How layers' time, and that of a pass without its clocks, differ from the dense pass for each other variant."""
+    whole: dict[int, float] = {}
     for one in passes:
-        by_number.setdefault(one.number, []).append(one)
-    times = {
-        number: (
-            min(one.layers_s for one in group),
-            statistics.median(one.whole.wall_s[0] - one.layers_s for one in group),
-        )
-        for number, group in by_number.items()
+        whole[one.number] = min(one.whole.wall_s[0] - clock_s, whole.get(one.number, math.inf))
+    inside = {
+        number: sum(min(times) for layer in layers for times in layer.seconds[number % len(layer.variants)])
+        for number in whole
     }
-    dense = times.pop(0)
-    return tuple((layers_s - dense[0], rest_s - dense[1]) for layers_s, rest_s in times.values())
+    dense_s, dense_layers_s = whole.pop(0), inside.pop(0)
+    if dense_s <= 0 or dense_layers_s <= 0:  # an empty pass, shorter than its clocks
+        return ()
+    return tuple((inside[number] / dense_layers_s, max(whole[number], 0.0) / dense_s) for number in whole)
 
 
 class replaced:

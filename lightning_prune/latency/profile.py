@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lightning_prune.files import write_text
-from lightning_prune.kernels import KERNELS, LAYOUTS, LayerKernel, Workload
+from lightning_prune.kernels import ALL_KERNELS, LAYOUTS, LayerKernel, Workload
 from lightning_prune.latency.fitted import FamilyFit, FittedCost, HeldOutError
 from lightning_prune.latency.machine import Machine
 from lightning_prune.latency.measurement import Measurement, telling
@@ -39,10 +39,13 @@ class NetworkRecord:
         fixed_s: per layout, time of a dense pass that is not spent in those layers.
         dense_s: per layout, time of a whole dense pass.
         layers_s: per layout, the least times of the dense layers, added up: less than they take in any one pass.
-        rests: per layout, for passes with sparse layers, seconds by which the layers, and the rest of the pass, differ
-            from the dense pass: what layers leave in cache makes the rest faster or slower.
+        shares: per layout, for passes with sparse layers, the layers' least times added up, and the least time of a
+            pass, as shares of those of the dense pass beside it: what layers leave in cache makes the rest of a pass
+            faster or slower.
         output_elements: numbers that the timed layers give in a pass.
         producers: per layer, where its inputs come from.
+        rectifiers_s: per layout and layer whose output a ReLU module alone reads, seconds of that ReLU in a pass: a
+            kernel that rectifies by itself saves them.
     """
 
     name: str
@@ -51,32 +54,35 @@ class NetworkRecord:
     fixed_s: Mapping[str, float]
     dense_s: Mapping[str, float]
     layers_s: Mapping[str, float]
-    rests: Mapping[str, tuple[tuple[float, float], ...]]
+    shares: Mapping[str, tuple[tuple[float, float], ...]]
     producers: Mapping[str, Producers]
+    rectifiers_s: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse times that are none."""
-        for times in (self.fixed_s, self.dense_s, self.layers_s):
+        for times in (self.fixed_s, self.dense_s, self.layers_s, *self.rectifiers_s.values()):
             if not all(0 <= seconds < math.inf for seconds in times.values()):
                 raise ValueError(f"network {self.name!r}: times are finite and not negative, got {dict(times)}")
 
     def rest(self, layout: str) -> tuple[float, float]:
         """A pass as `a + (1 + b) t` of the time `t` that its layers add up to, through the dense pass.
 
-        Layers' least times do not meet in one pass: what they miss in the dense one is taken in proportion. The rest of
-        a pass grows with the layers' time as it does among `rests`.
+        Of the dense pass, a share goes with the layers' time, at least what they add up to: the one that fits the
+        passes with sparse layers best. Where there are none, it is all but the fixed part.
 
         Returns:
-            `a`, seconds, and `b`, by least squares over `rests`, not below 0.
+            `a`, seconds, and `b`, by least squares over the relative errors of `shares`.
         """
-        pairs = self.rests.get(layout, ())
-        squares = sum(layers**2 for layers, _ in pairs)
-        share = max(sum(layers * rest for layers, rest in pairs) / squares, 0.0) if squares else 0.0
-        inside = self.dense_s[layout] - self.fixed_s[layout]
-        share = min(share, self.fixed_s[layout] / inside) if inside > 0 else 0.0
-        added = self.layers_s[layout]
-        missed = (inside - added) / added if added > 0 else 0.0
-        return self.fixed_s[layout] - share * inside, share + missed + share * missed
+        whole_s, added_s = self.dense_s[layout], self.layers_s[layout]
+        if whole_s <= 0 or added_s <= 0:
+            return self.fixed_s[layout], 0.0
+        pairs = [(layers, whole) for layers, whole in self.shares.get(layout, ()) if whole > 1e-6]
+        squares = sum(((1.0 - layers) / whole) ** 2 for layers, whole in pairs)
+        share = 1.0 - min(self.fixed_s[layout] / whole_s, 1.0)
+        if squares:
+            share = sum((1.0 - layers) * (1.0 - whole) / whole**2 for layers, whole in pairs) / squares
+        share = min(max(share, added_s / whole_s), 1.0)
+        return (1.0 - share) * whole_s, share * whole_s / added_s - 1.0
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -96,12 +102,16 @@ class NetworkRecord:
                 for layout, value in data["dense_s"].items()
             },
             {
-                layout: tuple((float(layers), float(rest)) for layers, rest in pairs)
-                for layout, pairs in data["rests"].items()
+                layout: tuple((float(layers), float(whole)) for layers, whole in pairs)
+                for layout, pairs in data.get("shares", {}).items()
             },
             {
                 layer: tuple((float(share), tuple(names)) for share, names in groups)
                 for layer, groups in data["producers"].items()
+            },
+            {
+                layout: {layer: float(seconds) for layer, seconds in layers.items()}
+                for layout, layers in data.get("rectifiers_s", {}).items()
             },
         )
 
@@ -118,6 +128,11 @@ class DeviceProfile:
         held_out: per kernel, errors on shapes that took no part in the fit.
         rounds: over which each measurement is the least.
         quiet: whether the machine was quiet enough to trust the measurements.
+        joules_per_mac: energy of a multiplication and addition; None where it is not known.
+        joules_per_byte: of moving a byte to or from main memory; likewise.
+
+    Raises:
+        ValueError: an energy is negative or not finite.
     """
 
     machine: Machine
@@ -127,6 +142,15 @@ class DeviceProfile:
     held_out: Mapping[str, HeldOutError] = field(default_factory=dict)
     rounds: int = 0
     quiet: bool = True
+    joules_per_mac: float | None = None
+    joules_per_byte: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse energies that are none."""
+        for what in ("joules_per_mac", "joules_per_byte"):
+            value = getattr(self, what)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"an energy is finite and at least 0, got {what}={value!r}")
 
     @property
     def layouts(self) -> tuple[str, ...]:
@@ -164,7 +188,7 @@ class DeviceProfile:
         )
 
     @classmethod
-    def load(cls, path: str | Path, kernels: Sequence[LayerKernel] = KERNELS) -> DeviceProfile:
+    def load(cls, path: str | Path, kernels: Sequence[LayerKernel] = ALL_KERNELS) -> DeviceProfile:
         """Read a profile.
 
         Args:
@@ -204,6 +228,8 @@ class DeviceProfile:
             "machine": asdict(self.machine),
             "rounds": self.rounds,
             "quiet": self.quiet,
+            "joules_per_mac": self.joules_per_mac,
+            "joules_per_byte": self.joules_per_byte,
             "costs": {name: cost.as_dict() for name, cost in self.costs.items()},
             "held_out": {name: asdict(error) for name, error in self.held_out.items()},
             "networks": {key: network.as_dict() for key, network in self.networks.items()},
@@ -214,7 +240,7 @@ class DeviceProfile:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], kernels: Sequence[LayerKernel] = KERNELS) -> DeviceProfile:
+    def from_dict(cls, data: Mapping[str, Any], kernels: Sequence[LayerKernel] = ALL_KERNELS) -> DeviceProfile:
         """The inverse of `as_dict`.
 
         Raises:
@@ -243,7 +269,7 @@ class DeviceProfile:
             else:
                 raise ValueError(
                     f"it has costs of kernel {name!r}, which is none of {sorted(by_name)}; pass yours as "
-                    "DeviceProfile.load(path, kernels=(*KERNELS, yours))"
+                    "DeviceProfile.load(path, kernels=(*ALL_KERNELS, yours))"
                 )
         return cls(
             Machine(**data["machine"]),
@@ -253,6 +279,8 @@ class DeviceProfile:
             {name: HeldOutError(**error) for name, error in data["held_out"].items()},
             int(data["rounds"]),
             bool(data["quiet"]),
+            data.get("joules_per_mac"),
+            data.get("joules_per_byte"),
         )
 
 

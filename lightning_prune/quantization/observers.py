@@ -37,24 +37,24 @@ class Observer(nn.Module, ABC):
         if x.numel() == 0:
             return
         values = x.detach().float().reshape(x.shape[0] if x.ndim else 1, -1)
-        low, high = values.amin(), values.amax()
+        low, high = torch.aminmax(values)
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             raise ValueError(f"values from {low:.3g} to {high:.3g} have no finite range")
-        self.take(values)
+        self.take(values, low, high)
         self.seen += values.shape[0]
 
     @abstractmethod
-    def take(self, values: Tensor) -> None:
-        """Remember finite values, float32, `[examples, n]`."""
+    def take(self, values: Tensor, low: Tensor, high: Tensor) -> None:
+        """Remember finite values, float32, `[examples, n]`, of which the least and the greatest are known."""
 
 
 class Extremes(Observer):
     """The least and the greatest value ever."""
 
-    def take(self, values: Tensor) -> None:
+    def take(self, values: Tensor, low: Tensor, high: Tensor) -> None:
         """Widen."""
-        self.minimum.copy_(torch.minimum(self.minimum, values.amin()))
-        self.maximum.copy_(torch.maximum(self.maximum, values.amax()))
+        self.minimum.copy_(torch.minimum(self.minimum, low))
+        self.maximum.copy_(torch.maximum(self.maximum, high))
 
 
 class Averages(Observer):
@@ -64,12 +64,13 @@ class Averages(Observer):
         super().__init__(0.0, 0.0)
         self.momentum = momentum
 
-    def take(self, values: Tensor) -> None:
+    def take(self, values: Tensor, low: Tensor, high: Tensor) -> None:
         """Move the averages."""
         seen, new = int(self.seen), values.shape[0]
         weight = new / (seen + new) if self.momentum is None or seen == 0 else 1.0 - self.momentum
-        self.minimum += weight * (values.amin(1).mean() - self.minimum)
-        self.maximum += weight * (values.amax(1).mean() - self.maximum)
+        lows, highs = torch.aminmax(values, dim=1)
+        self.minimum += weight * (lows.mean() - self.minimum)
+        self.maximum += weight * (highs.mean() - self.maximum)
 
 
 class Histogram(Extremes):
@@ -86,10 +87,10 @@ class Histogram(Extremes):
         self.register_buffer("counts", torch.zeros(BINS, dtype=torch.int64))
         self.register_buffer("limit", torch.tensor(0.0, dtype=torch.float64))
 
-    def take(self, values: Tensor) -> None:
+    def take(self, values: Tensor, low: Tensor, high: Tensor) -> None:
         """Count, after making room."""
-        super().take(values)
-        peak = values.abs().max().double().item()
+        super().take(values, low, high)
+        peak = torch.maximum(-low, high).double().item()
         limit = self.limit.item()
         if peak > 0.0:
             needed = math.ldexp(1.0, math.frexp(peak)[1])  # the power of two above

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_prune.quantization.ranges import Range
 from lightning_prune.quantization.schemes import Grid
+from lightning_prune.quantization.settings import LayerBits, QuantizationSettings
 from lightning_prune.targets import Layout
 
 BIAS_LIMIT = 2.0**30
@@ -208,6 +209,31 @@ class LayerQuantizers(nn.Module):
         finally:
             layer._parameters["weight"] = weight
         return output if self.output is None else self.output(output)
+
+
+def layer_quantizers(layer: nn.Module, settings: QuantizationSettings, bits: LayerBits) -> LayerQuantizers:
+    """Quantisers for a layer that observe activations and do not quantise them yet.
+
+    Args:
+        layer: one of `LAYERS`.
+        settings: schemes and ranges.
+        bits: the widths of this layer.
+    """
+    device: Any = layer.weight.device
+    transposed: Any = getattr(layer, "transposed", False)
+    groups: Any = getattr(layer, "groups", 1)
+    channels: Any = getattr(layer, "out_channels", None) or getattr(layer, "out_features", None)
+    grid = Grid(bits.activation, settings.scheme)
+    return LayerQuantizers(
+        ActivationQuantizer(grid, settings.ranges),
+        WeightQuantizer(
+            Grid(bits.weight, settings.scheme_of_weights),
+            settings.weight_ranges,
+            channels if settings.per_channel else None,
+            Layout(transposed, groups),
+        ),
+        ActivationQuantizer(grid, settings.ranges) if settings.outputs else None,
+    ).to(device)
 
 
 def on_input(quantizer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

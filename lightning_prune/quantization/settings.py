@@ -47,10 +47,12 @@ class QuantizationSettings:
     first_bits: int | None = None
     last_bits: int | None = None
     outputs: bool = False
+    weight_scheme: Scheme | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be, before any work starts."""
         Grid(8, self.scheme)
+        Grid(8, self.scheme_of_weights)
         if isinstance(self.bits, Mapping):
             if not self.bits:
                 raise ValueError('bits maps names of layers to widths, got an empty map; say {"*": 8} for all')
@@ -68,6 +70,11 @@ class QuantizationSettings:
         if not all(isinstance(pattern, str) for pattern in exclude):
             raise ValueError(f"exclude holds names or patterns of layers, got {self.exclude!r}")
         object.__setattr__(self, "exclude", exclude)
+
+    @property
+    def scheme_of_weights(self) -> Scheme:
+        """Of weights; `scheme` where they have none of their own."""
+        return self.scheme if self.weight_scheme is None else self.weight_scheme
 
     def check(self, layers: Iterable[str]) -> None:
         """Refuse patterns that match no layer.

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from lightning_prune.folding import fold_batch_norm, replace_module
 from lightning_prune.preparation import inference_copy
-from lightning_prune.quantization.quantizers import ActivationQuantizer, LayerQuantizers, WeightQuantizer, on_input
+from lightning_prune.quantization.calibration import (
+    Forward,
+    Root,
+    Watch,
+    batches,
+    generators_kept,
+    on_first,
+    overheard,
+    plain_arithmetic,
+    watched,
+)
+from lightning_prune.quantization.quantizers import LayerQuantizers, on_input
 from lightning_prune.quantization.ranges import MinMax, Range
-from lightning_prune.quantization.schemes import Grid, Scheme
+from lightning_prune.quantization.schemes import Scheme
 from lightning_prune.quantization.settings import LayerBits, QuantizationSettings
-from lightning_prune.targets import Layout, plain_name
+from lightning_prune.targets import plain_name
 from lightning_prune.tracing import call
 
 LAYERS = (
@@ -32,8 +40,6 @@ LAYERS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
-
-Forward = Callable[[nn.Module, Any], Any]
 
 
 class QuantizedLayer(nn.Module):
@@ -89,6 +95,7 @@ def quantize(
     first_bits: int | None = None,
     last_bits: int | None = None,
     outputs: bool = False,
+    weight_scheme: Scheme | None = None,
     forward: Forward | None = None,
 ) -> nn.Module:
     """A fake-quantised twin of a model: floating-point numbers that behave like integers of a few bits.
@@ -117,6 +124,7 @@ def quantize(
         last_bits: of the layer that runs last, likewise.
         outputs: whether outputs of the layers are quantised too, as an integer kernel needs it whose result goes
             elsewhere than into another quantised layer.
+        weight_scheme: of weights; None for that of activations. Kernels that run in integers want symmetric weights.
         forward: called with a copy of the model and a batch on its device. By default a tuple or list gives its
             first element (images without labels), a mapping keyword arguments, anything else is the only argument.
 
@@ -150,6 +158,7 @@ def quantize(
         first_bits,
         last_bits,
         outputs,
+        weight_scheme,
     )
     return quantized_twin(model, calibration, settings, forward)
 
@@ -170,25 +179,27 @@ def quantized_twin(
         )
     settings.check(quantizable(model))
     # The root has a name in here, so that it can be replaced too.
-    root = _Root(inference_copy(model), forward or on_first)
+    root = Root(inference_copy(model), forward or on_first)
     candidates = {name: layer for name, layer in quantizable(root.model).items() if not settings.excluded(name)}
-    with generators_kept(root, calibration), _plain_arithmetic(root):
-        batches = _batches(calibration, root)
-        first = next(batches, None)
+    with generators_kept(root, calibration), plain_arithmetic(root):
+        seen = batches(calibration, root)
+        first = next(seen, None)
         if first is None:
             raise ValueError("calibration has no batch; ranges of activations need at least one")
-        fold_batch_norm(root, first)
         ran: dict[str, None] = {}  # in the order in which they first did
-        watches = {name: _Watch(name, layer, settings, ran) for name, layer in candidates.items()}
-        with _watched(watches):
-            for batch in itertools.chain([first], batches):
+        watches = {name: Watch(name, layer, settings, ran) for name, layer in candidates.items()}
+        # Folding runs the first batch anyway, and changes what layers give, but not what they take in.
+        with contextlib.nullcontext() if settings.outputs else overheard(watches):
+            fold_batch_norm(root, first)
+        with watched(watches):
+            for batch in itertools.chain([first], seen) if settings.outputs else seen:
                 call(root, batch)
         widths = settings.widths(list(ran))
         if not widths:
             raise ValueError("nothing is left to quantise: exclude or bits leave no layer that runs; let some be")
         for name, bits in widths.items():
             layer = candidates[name]
-            replace_module(root, layer, watches[name].quantized(bits))
+            replace_module(root, layer, QuantizedLayer(layer, watches[name].quantizers(bits)))
     _warn_of_float_layers(root.model, settings, widths)
     return root.model.eval().requires_grad_(False)
 
@@ -212,129 +223,8 @@ def quantizable(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def on_first(model: nn.Module, batch: Any) -> Any:
-    """Run a model on the inputs of a batch: its first element, its entries as keywords, or itself."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, tuple | list) else batch)
-
-
-def layer_quantizers(layer: nn.Module, settings: QuantizationSettings, bits: LayerBits) -> LayerQuantizers:
-    """Quantisers for a layer that observe activations and do not quantise them yet.
-
-    Args:
-        layer: one of `LAYERS`.
-        settings: schemes and ranges.
-        bits: the widths of this layer.
-    """
-    device: Any = layer.weight.device
-    transposed: Any = getattr(layer, "transposed", False)
-    groups: Any = getattr(layer, "groups", 1)
-    channels: Any = getattr(layer, "out_channels", None) or getattr(layer, "out_features", None)
-    grid = Grid(bits.activation, settings.scheme)
-    return LayerQuantizers(
-        ActivationQuantizer(grid, settings.ranges),
-        WeightQuantizer(
-            Grid(bits.weight, settings.scheme),
-            settings.weight_ranges,
-            channels if settings.per_channel else None,
-            Layout(transposed, groups),
-        ),
-        ActivationQuantizer(grid, settings.ranges) if settings.outputs else None,
-    ).to(device)
-
-
 def _listen(layer: nn.Module, args: Any) -> None:
     """Hears that a layer is called."""
-
-
-class _Root(nn.Module):
-    """Runs a model on batches in a caller's way."""
-
-    def __init__(self, model: nn.Module, run: Forward) -> None:
-        super().__init__()
-        self.model, self.run = model, run
-
-    def forward(self, batch: Any) -> Any:
-        return self.run(self.model, batch)
-
-
-class _Watch:
-    """Observes what goes into and comes out of a layer during calibration."""
-
-    def __init__(self, name: str, layer: nn.Module, settings: QuantizationSettings, ran: dict[str, None]) -> None:
-        self.name, self.layer, self.settings, self.ran = name, layer, settings, ran
-        device: Any = layer.weight.device
-        self.input = settings.ranges.observer().to(device)
-        self.output = settings.ranges.observer().to(device) if settings.outputs else None
-
-    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        self.ran.setdefault(self.name)
-        self._see("took in", self.input, args[0] if args else kwargs["input"])
-        if self.output is not None:
-            self._see("gave", self.output, output)
-
-    def _see(self, did: str, observer: nn.Module, x: Tensor) -> None:
-        try:
-            observer.update(x)  # type: ignore[operator]
-        except ValueError as error:
-            raise ValueError(
-                f"layer {self.name!r} {did} {error} during calibration; look for what makes them, or exclude the layer"
-            ) from None
-
-    def quantized(self, bits: LayerBits) -> QuantizedLayer:
-        """The layer with the ranges that were observed."""
-        quantizers = layer_quantizers(self.layer, self.settings, bits)
-        try:
-            for quantizer, observer in zip(quantizers.activations, (self.input, self.output), strict=False):
-                quantizer.observer.load_state_dict(observer.state_dict())  # type: ignore[union-attr]
-            quantizers.weight.cover(self.layer.weight)  # type: ignore[arg-type]
-            quantizers.freeze()
-        except ValueError as error:
-            raise ValueError(f"layer {self.name!r}: {error}") from None
-        return QuantizedLayer(self.layer, quantizers)
-
-
-@contextlib.contextmanager
-def _watched(watches: Mapping[str, _Watch]) -> Iterator[None]:
-    handles = [watch.layer.register_forward_hook(watch, with_kwargs=True) for watch in watches.values()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _batches(calibration: Iterable[Any], model: nn.Module) -> Iterator[tuple[Any]]:
-    device = next(model.parameters()).device
-    for batch in calibration:
-        yield (tree_map_only(Tensor, lambda x: x.detach().to(device), batch),)
-
-
-@contextlib.contextmanager
-def generators_kept(model: nn.Module, calibration: Iterable[Any] = ()) -> Iterator[None]:
-    """Puts back the states of all random generators that reading data or running the model may move."""
-    generator = getattr(calibration, "generator", None)
-    own = generator.get_state() if isinstance(generator, torch.Generator) else None
-    devices = {p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")}
-    kind = next(iter(devices)).type if devices else "cuda"
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng(devices=[d.index or 0 for d in devices], device_type=kind):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-        if isinstance(generator, torch.Generator) and own is not None:
-            generator.set_state(own)
-
-
-@contextlib.contextmanager
-def _plain_arithmetic(model: nn.Module) -> Iterator[None]:
-    """Ranges are those of the model's own type, also where a training in mixed precision asks for them."""
-    device = next(model.parameters()).device.type
-    with torch.no_grad(), torch.autocast(device, enabled=False):
-        yield
 
 
 def _warn_of_float_layers(twin: nn.Module, settings: QuantizationSettings, widths: Mapping[str, LayerBits]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from lightning_prune.plan import SparsityPlan
 from lightning_prune.report.folder import RunFolder
 from lightning_prune.report.page import Page
 from lightning_prune.report.shared import MISSING, add_curves, ms, number
@@ -21,13 +22,16 @@ def add_search(page: Page, run: RunFolder) -> None:
     if result is None:
         page.verdict("The search has no result yet: it is running, or was interrupted. These are its trials.", None)
     else:
-        page.verdict(verdict(result), result.feasible)
+        page.verdict(verdict(result), result.feasible if math.isfinite(result.max_drop) else None)
         page.section("Result")
-        page.table("What was found", ["", "dense", "found", "change"], _numbers(result))
+        if math.isfinite(result.max_drop):
+            page.table("What was found", ["", "dense", "found", "change"], _numbers(result))
         page.table("The search", [], _about(result))
     if history is not None:
         _add_trials(page, history, result)
-    if result is not None:
+    if result is not None and not math.isfinite(result.max_drop):
+        _add_front(page, result)
+    elif result is not None:
         _add_winner(page, result)
         _add_estimate(page, result)
     page.section("Recovery")
@@ -36,12 +40,17 @@ def add_search(page: Page, run: RunFolder) -> None:
 
 def verdict(result: SearchResult) -> str:
     """Whether the search succeeded, in words."""
+    if not math.isfinite(result.max_drop):
+        return (
+            f"A front of {len(result.front)} plans: none is both more accurate and has less {result.objective} than "
+            "another. Nobody has chosen one of them: they are estimates, not recovered and not executed."
+        )
     allowed = f"at most {result.max_drop:g} was allowed"
     if not math.isfinite(result.accuracy):
         return f"Not feasible: {result.metric} of the network that was found is no finite number ({allowed})."
     dropped = f"dropped by {result.drop:.4f}" if result.drop > 0 else "did not get worse"
     numbers = f"{result.metric} {dropped} to {result.accuracy:.4f} (dense {result.dense_accuracy:.4f}; {allowed})"
-    if not result.plan:
+    if not result.plan and not result.bits:
         return (
             f"Not feasible: no plan was evaluated, the network stays dense; {result.metric} is "
             f"{result.dense_accuracy:.4f}."
@@ -72,7 +81,13 @@ def _numbers(result: SearchResult) -> list[list[str]]:
     drop = (
         MISSING if not math.isfinite(result.drop) else f"{-result.drop if result.mode == 'max' else result.drop:+.4f}"
     )
-    rows = [[result.metric, number(result.dense_accuracy), number(result.accuracy), drop]]
+    what = f"{result.metric}, quantised ({result.quantization})" if result.quantization else result.metric
+    rows = [[what, number(result.dense_accuracy), number(result.accuracy), drop]]
+    if result.quantization:
+        rows.append(
+            [f"{result.metric} in floating point", number(result.dense_accuracy), number(result.float_accuracy), ""]
+        )
+        rows.append([f"{result.metric}, all layers quantised", number(result.quantized_dense_accuracy), "", ""])
     if math.isfinite(result.search_accuracy) and result.search_accuracy != result.accuracy:
         rows.append([f"{result.metric} before recovery", "", number(result.search_accuracy), ""])
     rows += [
@@ -88,8 +103,9 @@ def _numbers(result: SearchResult) -> list[list[str]]:
 
 
 def _about(result: SearchResult) -> list[list[str]]:
+    against = [["drop against threshold", f"{number(result.drop)} of at most {result.max_drop:g}"]]
     rows = [
-        ["drop against threshold", f"{number(result.drop)} of at most {result.max_drop:g}"],
+        *(against if math.isfinite(result.max_drop) else []),
         ["evaluations, the dense network's included", f"{result.evaluations}"],
         ["share of the planned weights removed", number(result.sparsity)],
     ]
@@ -165,6 +181,31 @@ def _trial(trial: TrialRecord, scale: float) -> list[str]:
     return [str(trial.number), trial.state.lower(), cost, accuracy, number(trial.drop), seconds, trial.reason or ""]
 
 
+def _add_front(page: Page, result: SearchResult) -> None:
+    page.section("The front")
+    scale, unit = figures.scaled(result.unit)
+    layers = list(dict.fromkeys(name for point in result.front for name in point["plan"]))
+    plans = [SparsityPlan(point["plan"]) for point in result.front]
+    header = [
+        "trial",
+        f"{result.objective}, {unit}",
+        result.metric,
+        "drop",
+        *(f"sparsity of {name}" for name in layers),
+    ]
+    rows = [
+        [
+            str(point["trial"]),
+            f"{scale * point['cost']:.4g}",
+            number(point["accuracy"]),
+            number(point["drop"]),
+            *(number(plan.get(name, 0.0)) for name in layers),
+        ]
+        for point, plan in zip(result.front, plans, strict=True)
+    ]
+    page.table("Its plans, the cheapest first", header, rows)
+
+
 def _add_winner(page: Page, result: SearchResult) -> None:
     page.section("The network that was found" if result.feasible else "The network that came nearest")
     layers = winner_layers(result)
@@ -180,6 +221,7 @@ def _add_winner(page: Page, result: SearchResult) -> None:
         "layer": [layer.name for layer in layers],
         "sparsity": [number(layer.sparsity) for layer in layers],
         "pattern": [layer.pattern for layer in layers],
+        "bits": [str(result.bits.get(layer.name, "")) for layer in layers],
         "kernel": [layer.kernel or "" for layer in layers],
         "weights": ["" if layer.params is None else f"{layer.params:,}" for layer in layers],
         "nonzeros": ["" if layer.nonzeros is None else f"{layer.nonzeros:,}" for layer in layers],

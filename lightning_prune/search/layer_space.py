@@ -46,7 +46,7 @@ def layer_space(
         whole[:, index] = chosen
         return costs.total(whole)
 
-    absent = np.array([[j > 0 and entry.sparsity == 0.0 for j, entry in enumerate(choices[name])] for name in names])
+    absent = np.array([[j > 0 and entry == PlanEntry(0.0) for j, entry in enumerate(choices[name])] for name in names])
     return SearchSpace(
         items=tuple((name,) for name in names),
         entries=tuple(tuple(choices[name]) for name in names),

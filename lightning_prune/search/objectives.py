@@ -20,6 +20,9 @@ __all__ = ["Bytes", "Energy", "Latency", "MACs", "Memory", "Objective", "Paramet
 
 Entries = Sequence[Sequence[PlanEntry]]
 
+_JOULES_PER_MAC, _JOULES_PER_BYTE = 4.6e-12, 1.6e-10
+"""Of float32, and of main memory, at 45 nm; see `Energy`."""
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -81,7 +84,7 @@ class Latency(Objective):
         found = tuple(CostTable(tables[i], rest[i]) for i in range(len(rest)))
         patterns_met = {entry.granularity or Unstructured() for row in entries for entry in row if entry.sparsity > 0}
         if len(patterns_met) != 1:
-            return Costs(found, _least_sum(found))
+            return Costs(found, least_sum(found))
         [pattern] = patterns_met
         levels = np.array([[entry.sparsity for entry in row] for row in entries])
         rows = np.arange(len(entries))
@@ -122,7 +125,7 @@ class _Additive(Objective):
             dtype=np.float64,
         )
         tables = (CostTable(values, self.fixed(table)),)
-        return Costs(tables, _least_sum(tables))
+        return Costs(tables, least_sum(tables))
 
     @abstractmethod
     def layer(self, spec: LayerSpec, sparsity: float) -> float:
@@ -180,8 +183,9 @@ class Energy(_Additive):
         E = MACs * joules_per_mac + (bytes of weights + bytes of inputs and outputs) * joules_per_byte
 
     Args:
-        joules_per_mac: of a float32 multiplication and addition.
-        joules_per_byte: of reading or writing main memory.
+        joules_per_mac: of a multiplication and addition; by default what the device profile says, and where it says
+            nothing that of float32, 4.6 pJ.
+        joules_per_byte: of reading or writing main memory; likewise, 160 pJ.
 
     Raises:
         ValueError: one is negative or not finite.
@@ -189,26 +193,41 @@ class Energy(_Additive):
     Source: Horowitz, "Computing's Energy Problem" (ISSCC 2014), 45 nm: 3.7 + 0.9 pJ; 640 pJ per 4 bytes of DRAM.
     """
 
-    joules_per_mac: float = 4.6e-12
-    joules_per_byte: float = 1.6e-10
+    joules_per_mac: float | None = None
+    joules_per_byte: float | None = None
     unit = "J"
 
     def __post_init__(self) -> None:
         """Refuse energies that are none."""
         for what in ("joules_per_mac", "joules_per_byte"):
             value = getattr(self, what)
-            if not (value >= 0 and math.isfinite(value)):
+            if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"an energy is finite and at least 0, got {what}={value!r}")
+
+    def costs(self, table: LayerTable, entries: Entries, estimator: LatencyEstimator | None) -> Costs:
+        """Each layer by itself, with the energies of the estimator's device profile unless others were given."""
+        if estimator is None:
+            return super().costs(table, entries, None)
+        profile = estimator.profile
+        known = Energy(
+            profile.joules_per_mac if self.joules_per_mac is None else self.joules_per_mac,
+            profile.joules_per_byte if self.joules_per_byte is None else self.joules_per_byte,
+        )
+        return _Additive.costs(known, table, entries, None)
 
     def layer(self, spec: LayerSpec, sparsity: float) -> float:
         """Of the layer's multiplications and its weight's bytes."""
-        weight_bytes = _weight_bytes(spec, sparsity)
-        return spec.kept_macs(sparsity) * self.joules_per_mac + weight_bytes * self.joules_per_byte
+        per_mac = _JOULES_PER_MAC if self.joules_per_mac is None else self.joules_per_mac
+        return spec.kept_macs(sparsity) * per_mac + _weight_bytes(spec, sparsity) * self._per_byte
 
     def fixed(self, table: LayerTable) -> float:
         """Of the activations."""
         moved = sum(math.prod(call.input_shape) + math.prod(call.output_shape) for s in table for call in s.calls)
-        return 4 * moved * self.joules_per_byte
+        return 4 * moved * self._per_byte
+
+    @property
+    def _per_byte(self) -> float:
+        return _JOULES_PER_BYTE if self.joules_per_byte is None else self.joules_per_byte
 
 
 OBJECTIVES: dict[str, Callable[[int], Objective]] = {
@@ -248,7 +267,8 @@ def _weight_bytes(spec: LayerSpec, sparsity: float) -> int:
     return min(4 * spec.params, 4 * spec.nonzeros(sparsity) + math.ceil(spec.params / 8))
 
 
-def _least_sum(tables: Sequence[CostTable]) -> Callable[[Ints], Floats]:
+def least_sum(tables: Sequence[CostTable]) -> Callable[[Ints], Floats]:
+    """The least of sums over layers, for rows of choices, `[n, layers]` -> `[n]`."""
     rows = np.arange(len(tables[0].costs))
 
     def total(choices: Ints) -> Floats:

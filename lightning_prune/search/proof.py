@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lightning_prune import targets
 from lightning_prune.granularities import Unstructured
+from lightning_prune.kernels import ALL_KERNELS
 from lightning_prune.latency import LatencyEstimator
 from lightning_prune.layers import LayerTable
 from lightning_prune.plan import SparsityPlan
@@ -19,6 +20,9 @@ from lightning_prune.preparation import inference_copy
 from lightning_prune.runtime import accelerate
 from lightning_prune.search.result import SearchResult, drop_of
 from lightning_prune.search.winner import layer_details
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
 
 Measure = Callable[[nn.Module], float]
 Recover = Callable[[nn.Module, SparsityPlan], nn.Module]
@@ -78,6 +82,70 @@ def better(
     return (trained, after) if lost <= kept else (repaired, value)
 
 
+@dataclass(frozen=True, eq=False)
+class Proof:
+    """A plan of a study, confirmed.
+
+    Args:
+        trial: whose plan it is.
+        network: repaired, and recovered where that helped.
+        accuracy: of it, on all validation data.
+        drop: of that.
+        recovered: whether recovery helped.
+    """
+
+    trial: FrozenTrial
+    network: nn.Module
+    accuracy: float
+    drop: float
+    recovered: bool
+
+    @property
+    def said(self) -> dict[str, Any]:
+        """What the result keeps of it."""
+        cost = float(self.trial.user_attrs["cost"])
+        searched = self.trial.user_attrs["accuracy"]
+        return {
+            "trial": self.trial.number,
+            "cost": cost,
+            "search_accuracy": searched,
+            "accuracy": self.accuracy,
+            "drop": self.drop,
+            "recovered": self.recovered,
+        }
+
+
+def first_proven(
+    trials: Iterable[FrozenTrial], max_drop: float, prove: Callable[[FrozenTrial], Proof]
+) -> tuple[Proof, list[dict[str, Any]]]:
+    """The first plan that is confirmed to be accurate enough, else the one that comes nearest, and what each came to.
+
+    What the search saw may be luck, of few validation data or of many trials: then the next plan's turn comes.
+
+    Args:
+        trials: the cheapest first, at least one.
+        max_drop: the threshold.
+        prove: recovers and confirms a trial's plan.
+    """
+    nearest, said = None, []
+    for trial in trials:
+        found = prove(trial)
+        said.append(found.said)
+        if nearest is None or found.drop < nearest.drop:
+            nearest = found
+        if found.drop <= max_drop:
+            break
+    if nearest is None:
+        raise ValueError("there is no trial whose plan could be confirmed")
+    return nearest, said
+
+
+def front_point(trial: FrozenTrial) -> dict[str, Any]:
+    """What the result of a search for a front keeps of one of its trials."""
+    said = trial.user_attrs
+    return {"trial": trial.number, **{name: said[name] for name in ("cost", "accuracy", "drop", "plan")}}
+
+
 def counted(result: SearchResult, table: LayerTable, network: nn.Module) -> SearchResult:
     """The result with what is left of the network: weights and multiply-accumulates."""
     own = targets.parameters(network)
@@ -94,13 +162,21 @@ def counted(result: SearchResult, table: LayerTable, network: nn.Module) -> Sear
     )
 
 
-def executed(result: SearchResult, estimator: LatencyEstimator | None, example_inputs: Any) -> SearchResult:
+def executed(
+    result: SearchResult,
+    estimator: LatencyEstimator | None,
+    example_inputs: Any,
+    twin: nn.Module | None = None,
+    latency_s: float = math.nan,
+) -> SearchResult:
     """The result with its latencies: estimated under the plan, and measured where the profile is of this machine.
 
     Args:
         result: with its model.
         estimator: of the latency; without one there is nothing to add but the layers.
         example_inputs: as for `accelerate`.
+        twin: of the model, quantised, which is executed in its place.
+        latency_s: estimate for the twin.
     """
     network, plan = result.model, result.plan
     if network is None:
@@ -113,14 +189,17 @@ def executed(result: SearchResult, estimator: LatencyEstimator | None, example_i
     ]
     result = replace(
         result,
-        latency_s=float(estimator.latency_s(shares, patterns)),
+        latency_s=float(estimator.latency_s(shares, patterns)) if twin is None else latency_s,
         dense_latency_s=float(estimator.latency_s(torch.zeros_like(shares))),
     )
     machine = estimator.profile.machine
     details = {**result.details, "device": machine.device, "threads": machine.threads, "dtype": machine.dtype}
-    if machine.kind == "analytic" or not len(plan):  # there is nothing to prove
+    if machine.kind == "analytic" or not (len(plan) or result.bits):  # there is nothing to prove
         return replace(result, details={**details, "layers": layer_details(network)})
-    report = accelerate(network, example_inputs, estimator.profile).kernel_report()
+    if twin is None:
+        report = accelerate(network, example_inputs, estimator.profile).kernel_report()
+    else:
+        report = accelerate(twin, example_inputs, estimator.profile, kernels=ALL_KERNELS).kernel_report()
     details |= {"layout": report.layout, "relative_error": report.relative_error}
     return replace(
         result,

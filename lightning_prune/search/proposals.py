@@ -62,6 +62,29 @@ class Seen:
         return frozenset(self.choices) | frozenset(self.pending) | self.spoiled
 
 
+@dataclass(frozen=True, eq=False)
+class _Neighbours:
+    """Plans that are one move from another.
+
+    Args:
+        base: the other.
+        plans: `[moves, items]`.
+        costs: of them, `[moves]`.
+        moves: that lead there, `[moves]`.
+    """
+
+    base: Proposal
+    plans: Ints
+    costs: Floats
+    moves: Ints
+
+    def proposal(self, plan: Ints) -> Proposal:
+        """Parameters of one of the plans."""
+        row = int((self.plans == plan).all(axis=1).argmax())
+        candidate = Candidate(tuple(plan.tolist()), float(self.costs[row]))
+        return Proposal(self.base.share, self.base.weights, candidate, int(self.moves[row]))
+
+
 class Proposer:
     """Proposes plans of one space, in two phases.
 
@@ -164,13 +187,17 @@ class Proposer:
                     return found
                 if self.inverse.left <= 0:
                     break
-        offered = self._offered(known, incumbent, surrogate, rng)
-        if not offered:
-            return None
-        plans = np.array(list(offered))
-        costs = np.array([each.candidate.cost for each in offered.values()])
+        offered = self._allocated(incumbent, surrogate, rng)
+        near = self._neighbours(known, incumbent) if self.moves else None
+        plans = np.array(list(offered), dtype=np.int64).reshape(-1, len(self.dense))
+        costs = np.array([each.candidate.cost for each in offered.values()], dtype=np.float64)
+        if near is not None:
+            plans, costs = np.vstack([near.plans, plans]), np.append(near.costs, costs)
         ranked = self._ranked(plans, costs, known, incumbent, surrogate, target)
-        return offered[tuple(ranked[0].tolist())] if len(ranked) else None
+        if len(ranked) == 0:
+            return None
+        best = tuple(ranked[0].tolist())
+        return offered[best] if best in offered or near is None else near.proposal(ranked[0])
 
     def _learned(self, known: Seen, scale: float, target: float) -> Surrogate:
         errors, values = self._of(known.choices), resolved(known.drops, scale)
@@ -205,10 +232,8 @@ class Proposer:
         mean, spread = surrogate(self._of(choices))
         return np.asarray(choices[np.argsort(-_gain(costs, against, (target - mean) / spread), kind="stable")])
 
-    def _offered(
-        self, known: Seen, incumbent: float, surrogate: Surrogate, rng: np.random.Generator
-    ) -> dict[Choices, Proposal]:
-        """Plans with their parameters, some of them new."""
+    def _allocated(self, incumbent: float, surrogate: Surrogate, rng: np.random.Generator) -> dict[Choices, Proposal]:
+        """Plans for coefficients that are believable, some of them new."""
         space = self.space
         top = min(incumbent, space.dense_cost)
         found: dict[Choices, Proposal] = {}
@@ -220,25 +245,28 @@ class Proposer:
                 each = proposed(space, space.share(max(budget, space.least_cost)), spread)
                 if each is not None:
                     found.setdefault(each.candidate.choices, each)
-        return {**self._neighbours(known, incumbent), **found} if self.moves else found
+        return found
 
-    def _neighbours(self, known: Seen, incumbent: float) -> dict[Choices, Proposal]:
+    def _neighbours(self, known: Seen, incumbent: float) -> _Neighbours | None:
         """What is one move from the incumbent, or from the plan that it is a move from, and cheaper."""
         best = self.incumbent(known) if math.isfinite(incumbent) else None
         base = best if best is None or not best.move else proposed(self.space, best.share, best.weights)
         if base is None:
-            return {}
-        space, count, found = self.space, len(self.space.entries[0]), {}
+            return None
+        items, wanted = self._moves
+        plans = np.repeat(np.array([base.candidate.choices], dtype=np.int64), len(items), axis=0)
+        plans[np.arange(len(items)), items] = wanted
+        costs = np.asarray(self.space.cost(plans))
+        cheaper = costs < incumbent
+        moves = 1 + items * len(self.space.entries[0]) + wanted
+        return _Neighbours(base, plans[cheaper], costs[cheaper], moves[cheaper])
+
+    @cached_property
+    def _moves(self) -> tuple[Ints, Ints]:
+        """Items and the choices that they may be given, `[moves]` each."""
         options = [(item, choice) for item, row in enumerate(self.inverse.useful) for choice in row]
-        choices = np.repeat(np.array([base.candidate.choices], dtype=np.int64), len(options), axis=0)
-        items, wanted = np.array(options).T
-        choices[np.arange(len(options)), items] = wanted
-        costs = np.asarray(space.cost(choices))
-        for row in np.flatnonzero(costs < incumbent):
-            plan = tuple(choices[row].tolist())
-            move = int(1 + items[row] * count + wanted[row])
-            found[plan] = Proposal(base.share, base.weights, Candidate(plan, float(costs[row])), move)
-        return found
+        items, wanted = np.array(options, dtype=np.int64).T
+        return items, wanted
 
     @cached_property
     def _every_cost(self) -> Floats:

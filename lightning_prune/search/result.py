@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class SearchResult:
             drops by no more than `max_drop`.
         metric: that was watched.
         mode: "max" where higher is better.
-        max_drop: the threshold, absolute.
+        max_drop: the threshold, absolute; infinite of a search for a front, which has none: see `front`.
         plan: what is removed.
         accuracy: of the network that is the result.
         dense_accuracy: of the dense network.
@@ -73,6 +73,11 @@ class SearchResult:
         params: weights of all layers.
         macs: multiply-accumulates that remain.
         dense_macs: of the dense network.
+        quantization: what candidates were quantised to, "" for nothing: `accuracy` and `search_accuracy` are then those
+            of quantised twins, and `dense_accuracy` is that of the dense network in floating point.
+        bits: name -> bits of the weight, of the layers that are quantised.
+        float_accuracy: of the network that is the result, in floating point; NaN where nothing was quantised.
+        quantized_dense_accuracy: of the dense network with all layers quantised; NaN likewise.
         details: anything else worth keeping, as JSON has it: layers, seconds of the phases, the study, the machine.
         model: the network that is the result, before any kernels; not saved.
 
@@ -104,6 +109,10 @@ class SearchResult:
     params: int = 0
     macs: int = 0
     dense_macs: int = 0
+    quantization: str = ""
+    bits: Mapping[str, int] = field(default_factory=dict)
+    float_accuracy: float = math.nan
+    quantized_dense_accuracy: float = math.nan
     details: Mapping[str, Any] = field(default_factory=dict)
     model: nn.Module | None = field(default=None, repr=False, compare=False)
 
@@ -116,6 +125,15 @@ class SearchResult:
     def drop(self) -> float:
         """By how much the accuracy fell; negative where it rose, infinite where it is no finite number."""
         return drop_of(self.accuracy, self.dense_accuracy, self.mode, self.max_drop)
+
+    @property
+    def front(self) -> Sequence[Mapping[str, Any]]:
+        """Of a search without a threshold, the plans of which none is both cheaper and more accurate than another.
+
+        The cheapest first, each with `trial`, `cost`, `accuracy`, `drop` and `plan`, as the search measured them.
+        Nobody has chosen among them, so none was recovered, confirmed or executed.
+        """
+        return tuple(self.details.get("front", ()))
 
     @property
     def speedup(self) -> float:
@@ -145,7 +163,9 @@ class SearchResult:
                 raise ValueError("another schema")
             content.pop("drop")
             content["plan"] = SparsityPlan(content["plan"])
-            defaults = {"accuracy", "dense_accuracy", "search_accuracy", "cost", "dense_cost"}
+            defaults = {name for name in content if name.endswith("accuracy")} | {"cost", "dense_cost"}
+            if content["max_drop"] is None:
+                content["max_drop"] = math.inf
             for name in defaults | {name for name in content if name.endswith("latency_s")}:
                 if content[name] is None:
                     content[name] = math.nan

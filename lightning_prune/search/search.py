@@ -20,15 +20,28 @@ from lightning_prune.latency.machine import Machine
 from lightning_prune.layers import layer_table
 from lightning_prune.plan import SparsityPlan
 from lightning_prune.preparation import inference_copy, placement
-from lightning_prune.reconstruction import reconstruct
+from lightning_prune.quantization.settings import QuantizationSettings
+from lightning_prune.reconstruction import DenseOutputs, reconstruct
 from lightning_prune.search.layer_space import layer_rows, layer_space
 from lightning_prune.search.library import Library
 from lightning_prune.search.objectives import Objective, objective_of
-from lightning_prune.search.proof import Counted, better, counted, executed, known, recovered
+from lightning_prune.search.proof import (
+    Counted,
+    Proof,
+    better,
+    counted,
+    executed,
+    first_proven,
+    front_point,
+    known,
+    recovered,
+)
+from lightning_prune.search.quantized import Quantization, QuantizedSearch, quantization_of
 from lightning_prune.search.result import SearchResult, drop_of
 from lightning_prune.search.scan import require_weights_alone
 from lightning_prune.search.schemes import LEVELS, entries_of
 from lightning_prune.search.sensitivity import bar
+from lightning_prune.search.space import Candidate
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -59,7 +72,7 @@ class Phases:
         try:
             yield
         finally:
-            self.seconds[name] = time.monotonic() - began_s
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began_s
 
 
 def search_sparsity(
@@ -68,7 +81,7 @@ def search_sparsity(
     batches: Iterable[Any],
     accuracy: Callable[[nn.Module], float],
     *,
-    max_drop: float = 0.01,
+    max_drop: float | None = 0.01,
     metric: str = "accuracy",
     mode: Literal["max", "min"] = "max",
     profile: DeviceProfile | str | Path | None = None,
@@ -85,9 +98,11 @@ def search_sparsity(
     study_name: str | None = None,
     chance: float | None = None,
     repair: Literal["layerwise", "sequential"] = "layerwise",
+    quantize: str | QuantizationSettings | Quantization | None = None,
     tune: Callable[[nn.Module, SparsityPlan], None] | None = None,
     recover: Callable[[nn.Module, SparsityPlan], nn.Module] | None = None,
     confirm: Callable[[nn.Module], float] | None = None,
+    confirmations: int = 3,
     on_trial: Callable[[Study, FrozenTrial], None] | None = None,
     phases: Phases | None = None,
     progress: bool = False,
@@ -108,7 +123,8 @@ def search_sparsity(
         example_inputs: as for `layer_table`; latencies are for its batch size.
         batches: calibration inputs (of training data, without labels), read several times.
         accuracy: the metric of a network on validation data; every call counts as an evaluation.
-        max_drop: how much the metric may lose, absolute; 0 allows no loss at all.
+        max_drop: how much the metric may lose, absolute; 0 allows no loss at all. None searches for the front of cost
+            and metric instead: the result has the plans in `front`, and the dense network, as nobody has chosen yet.
         metric: its name.
         mode: "max" where higher is better, "min" where lower is.
         profile: of this machine, or the path of one; objectives of latency need it. With that of an analytic machine
@@ -118,8 +134,8 @@ def search_sparsity(
         levels: shares removed that a layer may have.
         names: weights or patterns that may be pruned; all linear and 2-D convolution weights by default.
         criterion: which weights go first; one that looks at weights alone.
-        n_trials: evaluations of all workers together, the dense network's included; the winner is confirmed by up to
-            three more.
+        n_trials: evaluations of all workers together, the dense network's included; confirming a plan takes up to two
+            more, and one the dense network.
         timeout: seconds after which no further trial begins.
         sampler: of Optuna; by default our own.
         seed: of the default sampler.
@@ -128,11 +144,20 @@ def search_sparsity(
         chance: what a network that knows nothing reaches; a dense network that is no better is refused.
         repair: of candidates: "layerwise", by what each layer would need had it the inputs that it has in the dense
             network, once for all; or "sequential", on the inputs that it gets, by `reconstruct`, for each anew.
+        quantize: a name of `QUANTIZATIONS`, or settings: the threshold is then for the accuracy of the candidates'
+            quantised twins, calibrated on `batches` after repair, against that of the dense network in floating point.
+            With "mixed", each layer is either quantised and dense or in floating point with zeros, whichever is
+            chosen for it; otherwise all are quantised, and where an exact kernel is faster than one in integers,
+            what is executed rounds less than what was measured. The profile must know the kernels in integers
+            (`calibrate(..., kernels=ALL_KERNELS)`) for latencies to count them.
         tune: fine-tunes a candidate, in place, before it is evaluated; its zeros must stay. The winner is recovered
             from where that ends.
         recover: fine-tunes the winner and returns it; its zeros must stay. Networks come without gradients
             (`requires_grad`) and in eval mode.
         confirm: the metric on all validation data, for the winner and the dense network; `accuracy` by default.
+        confirmations: how many feasible plans of the study are recovered and confirmed at most, the cheapest first:
+            the next one's turn comes where the drop of the last turned out to be too large. Where none holds, the
+            nearest of them is the result, and it says so; `details["confirmations"]` has each.
         on_trial: is called with study and trial after each.
         phases: is told what happens.
         progress: whether to show progress bars.
@@ -150,38 +175,48 @@ def search_sparsity(
     & Alistarh, "SPDY" (2022).
     """
     from lightning_prune.search.storages import open_storage
-    from lightning_prune.search.study import minimise
+    from lightning_prune.search.study import front, minimise
+    from lightning_prune.search.trials import feasible_trials
 
-    require_settings(max_drop, metric, mode, n_trials, timeout)
+    require_settings(max_drop, metric, mode, n_trials, timeout, confirmations)
     if repair not in ("layerwise", "sequential"):
         raise ValueError(f"repair is 'layerwise' or 'sequential', got {repair!r}")
     require_weights_alone(criterion)
+    quantization = None if quantize is None else quantization_of(quantize)
     phases = phases or Phases()
     network = inference_copy(model)
     table = layer_table(network, example_inputs)
     goal = objective_of(objective, table[0].input_shape[0])
     choices = entries_of(network, table, scheme, levels, names)
     estimator = None if profile is None else LatencyEstimator(table, _loaded(profile, network))
-    costs = goal.costs(table, layer_rows(table, choices), estimator)
+    quantizer = None
+    if quantization is not None:
+        quantizer = QuantizedSearch(quantization, network, table, goal, choices, estimator)
+        choices = quantizer.choices
+    costs = goal.costs(table, layer_rows(table, choices), estimator) if quantizer is None else quantizer.costs
     opened = open_storage(storage)
 
     with phases.phase("dense", f"Measuring {metric} of the dense network"):
         dense = float(accuracy(inference_copy(model)))
     _require_trained(dense, chance, metric, mode)
-    width = len(next(iter(choices.values()))) - 1
+    width = len(next(iter(choices.values()))) - (1 if quantizer is None else 2)
     with (
         phases.phase("repair", f"Repairing {len(choices)} layers at {width} levels each"),
         bar(progress, "Repairing layers", len(choices)) as advance,
     ):
         library = Library(network, choices, batches, criterion, progress=lambda name: advance(1))
-    space = layer_space(table, choices, library.names, library.errors, costs)
-    candidate, candidates = inference_copy(model), _made(repair, tune)
+    errors = library.errors
+    if quantizer is not None:
+        with phases.phase("quantization", f"Quantising the dense network: {quantizer.quantization.name}"):
+            errors = quantizer.errors(errors, library.names, batches)
+    space = layer_space(table, choices, library.names, errors, costs)
+    candidate, candidates, outputs = inference_copy(model), _made(repair, tune, quantization), DenseOutputs()
 
     def built(chosen: Sequence[int]) -> nn.Module:
         """The repaired network of one level per layer; one and the same module, unless it is tuned."""
         library.put(candidate, chosen)
         if repair == "sequential":
-            reconstruct(network, library.masks(chosen), batches).apply(candidate)
+            reconstruct(network, library.masks(chosen), batches, remember=outputs).apply(candidate)
         reestimate_batch_norm(candidate, batches)
         if tune is None:
             return candidate
@@ -189,33 +224,45 @@ def search_sparsity(
         tune(tuned, space.plan(chosen))
         return tuned.eval()
 
-    with phases.phase("search", f"Searching for the least {goal.name} with at most {max_drop:g} less {metric}"):
-        outcome = minimise(
-            space,
-            lambda found: accuracy(built(found.choices)),
-            metric=metric,
-            mode=mode,
-            max_drop=max_drop,
-            dense_accuracy=dense,
-            n_trials=n_trials,
-            timeout=timeout,
-            sampler=sampler,
-            seed=seed,
-            storage=opened,
-            study_name=study_name,
-            objective=goal.name,
-            candidates=candidates,
-            progress=progress,
-            on_trial=on_trial,
-        )
+    def deployed(found: nn.Module, chosen: Sequence[int]) -> nn.Module:
+        """What is measured of a candidate: itself, or its twin."""
+        return found if quantizer is None else quantizer.twin(found, chosen)
+
+    def measured(found: Candidate) -> float:
+        return accuracy(deployed(built(found.choices), found.choices))
+
+    options: dict[str, Any] = {
+        "metric": metric,
+        "mode": mode,
+        "dense_accuracy": dense,
+        "n_trials": n_trials,
+        "timeout": timeout,
+        "sampler": sampler,
+        "seed": seed,
+        "storage": opened,
+        "study_name": study_name,
+        "objective": goal.name,
+        "candidates": candidates,
+        "progress": progress,
+        "on_trial": on_trial,
+    }
+    within = f"the front of {goal.name} and {metric}"
+    if max_drop is not None:
+        within = f"the least {goal.name} with at most {max_drop:g} less {metric}"
+    with phases.phase("search", f"Searching for {within}"):
+        if max_drop is None:
+            outcome = front(space, measured, **options)
+        else:
+            outcome = minimise(space, measured, max_drop=max_drop, **options)
     if outcome.interrupted:
         raise KeyboardInterrupt
     result = replace(
-        SearchResult.of_nothing(metric, mode, max_drop, dense),
+        SearchResult.of_nothing(metric, mode, math.inf if max_drop is None else max_drop, dense),
         evaluations=outcome.evaluations,
         objective=goal.name,
         unit=goal.unit,
         dense_cost=space.dense_cost,
+        quantization="" if quantization is None else quantization.name,
         model=network,
         details={
             "study": outcome.study.study_name,
@@ -224,42 +271,70 @@ def search_sparsity(
             "candidates": candidates or "layerwise repair",
         },
     )
-    trial = outcome.best or outcome.nearest
-    if trial is None:
+    if max_drop is None:
+        result = replace(result, details={**result.details, "front": [front_point(trial) for trial in outcome.front]})
+    if max_drop is None or (outcome.best is None and outcome.nearest is None):
         return executed(counted(result, table, network), estimator, example_inputs)
-    chosen = trial.user_attrs["choices"]
-    plan = space.plan(chosen)
-    repaired, trained = inference_copy(built(chosen)), None
-    if recover is not None:
-        with phases.phase("recovery", "Recovering the winner"):
-            trained = recovered(repaired, plan, library.removed(chosen), recover)
     final = Counted(confirm or accuracy)
-    with phases.phase("confirmation", f"Confirming {metric} of the winner"):
-        dense = dense if confirm is None else final(inference_copy(model))
-        winner, value = better(repaired, trained, final, dense, mode)
+    confirmed: list[float] = [] if confirm is not None else [dense]
+
+    def prove(trial: FrozenTrial) -> Proof:
+        """Recover the network of a trial's plan, and measure it on all validation data."""
+        chosen = trial.user_attrs["choices"]
+        which = (
+            "winner"
+            if trial.number == trials[0].number
+            else f"next plan (trial {trial.number}): the drop was too large"
+        )
+        repaired, trained = inference_copy(built(chosen)), None
+        if recover is not None:
+            with phases.phase("recovery", f"Recovering the {which}"):
+                trained = recovered(repaired, space.plan(chosen), library.removed(chosen), recover)
+        with phases.phase("confirmation", f"Confirming {metric} of the {which}"):
+            if not confirmed:
+                confirmed.append(final(inference_copy(model)))
+            [base] = confirmed
+            winner, value = better(repaired, trained, lambda found: final(deployed(found, chosen)), base, mode)
+        return Proof(trial, winner, value, drop_of(value, base, mode, max_drop), winner is trained)
+
+    trials = feasible_trials(outcome.study.get_trials(deepcopy=False), max_drop)[:confirmations]
+    if outcome.nearest is not None:
+        trials = [outcome.nearest]
+    proof, proofs = first_proven(trials, max_drop, prove)
+    [dense] = confirmed
+    winner, chosen, twin = proof.network, proof.trial.user_attrs["choices"], None
+    if quantizer is not None:
+        twin = deployed(winner, chosen)
+        result = replace(result, **quantizer.confirmed(winner, twin, final))
     result = replace(
         result,
-        feasible=drop_of(value, dense, mode, max_drop) <= max_drop,
-        plan=plan,
-        accuracy=value,
+        feasible=proof.drop <= max_drop,
+        plan=space.plan(chosen),
+        accuracy=proof.accuracy,
         dense_accuracy=dense,
-        search_accuracy=known(trial.user_attrs["accuracy"]),
+        search_accuracy=known(proof.trial.user_attrs["accuracy"]),
         evaluations=outcome.evaluations + final.calls,
-        cost=float(trial.user_attrs["cost"]),
+        cost=float(proof.trial.user_attrs["cost"]),
         model=winner,
-        details={**result.details, "recovered": winner is trained},
+        details={**result.details, "recovered": proof.recovered, "confirmations": proofs},
     )
     with phases.phase("execution", "Running the winner with its kernels"):
-        return executed(counted(result, table, winner), estimator, example_inputs)
+        found = counted(result, table, winner)
+        if twin is None or quantizer is None:
+            return executed(found, estimator, example_inputs)
+        estimate_s = quantizer.estimated_s(dict(zip(library.names, chosen, strict=True)))
+        return executed(found, estimator, example_inputs, twin, estimate_s)
 
 
-def require_settings(max_drop: float, metric: str, mode: str, n_trials: int, timeout: float | None) -> None:
+def require_settings(
+    max_drop: float | None, metric: str, mode: str, n_trials: int, timeout: float | None, confirmations: int = 1
+) -> None:
     """Refuse, before any work, what no search can be asked for.
 
     Raises:
         ValueError: the message names the setting.
     """
-    if isinstance(max_drop, bool) or not (max_drop >= 0 and math.isfinite(max_drop)):
+    if isinstance(max_drop, bool) or (max_drop is not None and not (max_drop >= 0 and math.isfinite(max_drop))):
         raise ValueError(
             f"max_drop is how much {metric} may lose, absolute and at least 0 (no loss at all), got {max_drop!r}"
         )
@@ -269,6 +344,8 @@ def require_settings(max_drop: float, metric: str, mode: str, n_trials: int, tim
         raise ValueError(f"the dense network is the first evaluation, so n_trials is at least 2, got {n_trials!r}")
     if timeout is not None and not timeout >= 0:
         raise ValueError(f"timeout is in seconds, at least 0, or None for no limit, got {timeout!r}")
+    if isinstance(confirmations, bool) or not isinstance(confirmations, int) or confirmations < 1:
+        raise ValueError(f"confirmations is how many plans may be confirmed, at least 1, got {confirmations!r}")
 
 
 def _loaded(profile: DeviceProfile | str | Path, network: nn.Module) -> DeviceProfile:
@@ -278,8 +355,11 @@ def _loaded(profile: DeviceProfile | str | Path, network: nn.Module) -> DevicePr
     return found
 
 
-def _made(repair: str, tune: Any) -> str | None:
+def _made(repair: str, tune: Any, quantization: Quantization | None) -> str | None:
     """How candidates are made, in words; None where it is the usual way."""
+    if quantization is not None:
+        settings = "" if quantization.name != "settings" else f" {quantization.settings}"
+        return f"{_made(repair, tune, None) or 'layerwise repair'}, quantised ({quantization.name}{settings})"
     if repair == "layerwise" and tune is None:
         return None
     steps = getattr(tune, "steps", None)

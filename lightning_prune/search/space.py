@@ -73,6 +73,7 @@ class SearchSpace:
     cost: Callable[[Ints], Floats]
     groups: tuple[int, ...]
     _allocators: tuple[BudgetAllocator, ...] = field(init=False, repr=False)
+    _owner: Ints = field(init=False, repr=False)
     dense_cost: float = field(init=False)
     least_cost: float = field(init=False)
 
@@ -90,6 +91,7 @@ class SearchSpace:
             raise ValueError("the first choice of every item is the dense one, sparsity 0")
         allocators = tuple(BudgetAllocator(self.errors, table.costs) for table in self.tables)
         object.__setattr__(self, "_allocators", allocators)
+        object.__setattr__(self, "_owner", np.array(self.groups, dtype=np.int64))
         object.__setattr__(self, "dense_cost", float(self.cost(np.zeros((1, shape[0]), dtype=np.int64))[0]))
         least = min(a.least_time + t.fixed for a, t in zip(allocators, self.tables, strict=True))
         object.__setattr__(self, "least_cost", min(least, self.dense_cost))
@@ -134,7 +136,7 @@ class SearchSpace:
             room = budget - table.fixed
             if room < allocator.least_time * (1.0 - _ROUNDING):
                 continue
-            allocation = allocator.allocate(max(room, allocator.least_time), weights[list(self.groups)])
+            allocation = allocator.allocate(max(room, allocator.least_time), weights[self._owner])
             cost = float(self.cost(allocation.choices[None])[0])
             found.append((allocation.error, Candidate(tuple(int(j) for j in allocation.choices), cost)))
         return min(found, key=lambda pair: (pair[0], pair[1].cost))[1] if found else None

@@ -194,7 +194,7 @@ def _database(url: str, options: dict[str, Any], heartbeat_s: int) -> RDBStorage
         except RuntimeError as error:  # written by another version of Optuna
             raise ValueError(f"the storage {shown(url)} does not fit this version of Optuna: {error}") from None
         except (SQLAlchemyError, StorageInternalError, OSError) as error:
-            said = _reason(error)
+            said = reason(error)
             # Workers that begin together create the same tables.
             if not re.search(r"already exists|duplicate|unique|locked|deadlock", said, flags=re.IGNORECASE):
                 break
@@ -205,7 +205,7 @@ def _database(url: str, options: dict[str, Any], heartbeat_s: int) -> RDBStorage
     )
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The first line of what the driver says."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -14,7 +14,7 @@ from lightning_prune.search.claims import Terms
 from lightning_prune.search.joining import ATTRIBUTE, facts, joined
 from lightning_prune.search.parameters import weight_names
 from lightning_prune.search.space import Candidate, SearchSpace
-from lightning_prune.search.storages import open_storage, release
+from lightning_prune.search.storages import open_storage, reason, release
 from lightning_prune.search.trials import Run, Stopped, best_trial, front_trials, nearest_trial
 from lightning_prune.search.workers import Worker
 
@@ -116,7 +116,7 @@ def minimise(
     Raises:
         ValueError: an argument is out of its range, the dense accuracy is not finite, nothing can be chosen, or the
             study of this name is about something else; before any work.
-        ConnectionError: the storage cannot be reached; before any work.
+        ConnectionError: the storage cannot be reached, before any work, or fails later.
 
     Source: Joseph et al., "A Programmable Approach to Neural Network Compression" (Condensa, 2020), section 4.
     """
@@ -166,6 +166,7 @@ def front(
     storage: str | Path | BaseStorage | None = None,
     study_name: str | None = None,
     objective: str = "cost",
+    candidates: str | None = None,
     progress: bool = True,
     on_trial: OnTrial | None = None,
 ) -> Outcome:
@@ -189,12 +190,13 @@ def front(
         storage: see `open_storage`; in memory by default.
         study_name: under which it is shared and resumed.
         objective: name of the cost.
+        candidates: how they are made of plans, in words; who joins makes them likewise.
         progress: whether to show a progress bar.
         on_trial: is called with study and trial after each.
 
     Raises:
         ValueError: as `minimise` does.
-        ConnectionError: the storage cannot be reached; before any work.
+        ConnectionError: as `minimise` does.
     """
     from optuna.samplers import NSGAIISampler
 
@@ -207,6 +209,7 @@ def front(
         max_drop=None,
         objective=objective,
         dense_accuracy=float(dense_accuracy),
+        **({} if candidates is None else {"candidates": candidates}),
     )
     # Optuna's 50 would leave no second generation to a search of 60 evaluations.
     population = max(8, n_trials // 5)
@@ -257,10 +260,21 @@ def _introduce(study: Study, space: SearchSpace, n_trials: int, shares: tuple[fl
 
 @contextlib.contextmanager
 def _opened(storage: str | Path | BaseStorage | None) -> Iterator[BaseStorage]:
-    """A storage that keeps no connection afterwards, unless it was open before."""
+    """A storage that keeps no connection afterwards, unless it was open before.
+
+    Raises:
+        ConnectionError: it fails, for want of space for example.
+    """
+    from optuna.exceptions import StorageInternalError
+
     opened = open_storage(storage)
     try:
         yield opened
+    except StorageInternalError as error:
+        raise ConnectionError(
+            f"the storage failed during the search: {reason(error)}; see to its server, disk or file and run the same "
+            "again: finished trials are kept"
+        ) from error
     finally:
         if opened is not storage:
             release(opened)

@@ -83,8 +83,9 @@ class Run:
                     left_s = None if timeout_s is None else max(0.0, self._ends_s - time.monotonic())
                     try:
                         self.study.optimize(self._objective, timeout=left_s, callbacks=[self._after])
-                    except (ValueError, UpdateFinishedTrialError):
-                        # Another worker ran this trial, or took this one for dead and runs it again.
+                    except (ValueError, AssertionError, UpdateFinishedTrialError):
+                        # Another worker ran this trial, or took this one for dead and runs it again. Where an
+                        # evaluation ends after that, Optuna asserts that it cannot.
                         if self._own_error or not self._taken_away():
                             raise
                         self._go_on()
@@ -234,6 +235,16 @@ def best_trial(trials: Sequence[FrozenTrial], max_drop: float) -> FrozenTrial | 
     """The cheapest that is accurate enough; the more accurate of two, then the earlier."""
     enough = [t for t in evaluated(trials) if feasible(t.user_attrs, max_drop)]
     return min(enough, key=lambda t: (t.user_attrs["cost"], t.user_attrs["drop"], t.number), default=None)
+
+
+def feasible_trials(trials: Sequence[FrozenTrial], max_drop: float) -> list[FrozenTrial]:
+    """Those that are accurate enough, as `best_trial` would choose among them, one of each plan."""
+    enough = [t for t in evaluated(trials) if feasible(t.user_attrs, max_drop)]
+    enough.sort(key=lambda t: (t.user_attrs["cost"], t.user_attrs["drop"], t.number))
+    first: dict[tuple[int, ...], FrozenTrial] = {}
+    for trial in enough:
+        first.setdefault(tuple(trial.user_attrs["choices"]), trial)
+    return list(first.values())
 
 
 def nearest_trial(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:

@@ -19,10 +19,10 @@ from sklearn.ensemble import RandomForestRegressor
 
 from lightning_prune import DeviceProfile
 from lightning_prune.kernels import KERNELS, LayerKernel
-from lightning_prune.latency.calibration import Session
 from lightning_prune.latency.fitted import columns, fitted_cost, held_out_errors, stacked
 from lightning_prune.latency.machine import Machine
 from lightning_prune.latency.measurement import Measurement, telling
+from lightning_prune.latency.session import Session
 from lightning_prune.latency.timing import keep_freed_memory
 from lightning_prune.latency.variants import points
 from tests.benchmarks.harness import environment, write_json

@@ -2,12 +2,15 @@
 
     python -m tests.benchmarks.bench_network_estimator [--plans 70] [--json FILE]
 
-Every network is calibrated first. A plan has one pattern for the network (zeros anywhere, blocks of 8 x 8, whole
-filters) and a random sparsity for each layer. The kernels that the estimator calls best run it, none timed beforehand.
-Passes are timed several times in a row, in sweeps over a group of plans, and the least is compared with the estimate.
+Every network is calibrated first, and anew before each group of plans: shared machines become faster and slower by
+many per cent within minutes, as neighbours take and leave the cache. A plan has one pattern for the network (zeros
+anywhere, blocks of 8 x 8, whole filters) and a random sparsity for each layer. The kernels that the estimator calls
+best run it, none timed beforehand. Passes are timed several times in a row, in sweeps over a group of plans, and the
+least is compared with the estimate.
 
-Shared machines become faster and slower by several per cent within minutes. Beside each group the dense network
-is timed as well: "drift out" compares after scaling by what that took during calibration.
+Beside each group the dense network is timed as well: "drift out" compares after scaling by what that took during
+calibration. "Noise" is by how much the least of every other sweep differs from that of the others, for one and the same
+network: no estimate can come closer.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ import argparse
 import copy
 import functools
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +31,12 @@ from torch import Tensor, nn
 from lightning_prune import Block, DeviceProfile, Filter, LatencyEstimator, Unstructured, calibrate, layer_table
 from lightning_prune.granularities import Granularity
 from lightning_prune.kernels import KERNELS
+from lightning_prune.latency.profile import digest
+from lightning_prune.latency.session import Session
 from lightning_prune.latency.timing import repeated
 from lightning_prune.latency.variants import pruned
+from lightning_prune.layers import LayerTable
+from lightning_prune.preparation import Prepared
 from lightning_prune.runtime import assembled
 from tests.benchmarks.harness import environment, write_json
 from tests.benchmarks.networks import NETWORKS
@@ -39,8 +48,7 @@ FEWEST = 64
 """Weights of fewer blocks stay dense, as do depthwise ones unless whole filters go: a few blocks left at random would
 leave nothing that depends on the input."""
 
-IN_TURN = 10
-ROUNDS, SWEEPS = 9, 3
+ROUNDS, SWEEPS = 5, 6
 
 
 def random_plan(layers: int, most: float, generator: torch.Generator) -> Tensor:
@@ -73,24 +81,51 @@ def realised(
     return masked, sparsities, patterns
 
 
+def anew(model: nn.Module, inputs: Any, profile: DeviceProfile, table: LayerTable) -> DeviceProfile:
+    """The profile with the network measured again."""
+    source = digest(table)
+    others = replace(
+        profile,
+        measurements=tuple(m for m in profile.measurements if m.source != source),
+        networks={key: network for key, network in profile.networks.items() if key != source},
+    )
+    session = Session(profile.machine, KERNELS, profile.rounds, others, None)
+    session.measure_network(Prepared.of(model, inputs, drop_constants=False), source, lambda share: None)
+    return session.profile(held_out=False)
+
+
 def measure(
-    name: str, build: Callable[[], tuple[nn.Module, Any]], plans: int, profile: DeviceProfile | None
+    name: str,
+    build: Callable[[], tuple[nn.Module, Any]],
+    plans: int,
+    profile: DeviceProfile | None,
+    first: int = 0,
+    path: str | None = None,
+    group: int = 12,
+    spread: int = 60,
 ) -> tuple[list[dict[str, Any]], DeviceProfile]:
     model, inputs = build()
     model.eval().requires_grad_(False)
-    profile = calibrate(model, inputs, profile=profile)
     table = layer_table(model, inputs)
-    estimator = LatencyEstimator(table, profile)
+    if profile is not None and profile.network(table) is not None:
+        profile = anew(model, inputs, profile, table)
+    else:
+        profile = calibrate(model, inputs, profile=profile, spread=spread, progress=False)
+    if path is not None:
+        profile.save(path)
     kernels = {kernel.name: kernel for kernel in KERNELS}
-    record = profile.network(table)
-    assert record is not None
-    dense_s = min(record.dense_s.values())
-    best_dense = min(record.dense_s, key=record.dense_s.__getitem__)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(first)
     rows: list[dict[str, Any]] = []
-    for start in range(0, plans, IN_TURN):
+    for start in range(first, first + plans, group):
+        if start > first:
+            profile = anew(model, inputs, profile, table)
+        estimator = LatencyEstimator(table, profile)
+        record = profile.network(table)
+        assert record is not None
+        dense_s = min(record.dense_s.values())
+        best_dense = min(record.dense_s, key=record.dense_s.__getitem__)
         runs: dict[str, Callable[[], object]] = {}
-        for number in range(start, min(start + IN_TURN, plans)):
+        for number in range(start, min(start + group, first + plans)):
             kind = list(PATTERNS)[number % len(PATTERNS)]
             plan = random_plan(len(table), MOST[kind], generator)
             masked, sparsity, patterns = realised(model, table.names, plan, PATTERNS[kind], number)
@@ -116,37 +151,55 @@ def measure(
             )
         dense = assembled(model, inputs, {}, best_dense)
         runs["dense"] = functools.partial(dense, inputs)
-        timings = {name: repeated(run, ROUNDS) for name, run in runs.items()}
-        for _ in range(SWEEPS - 1):
-            timings = {name: timings[name] + repeated(run, ROUNDS) for name, run in runs.items()}
-        drift = timings.pop("dense").best_s / dense_s
-        for key, timing in timings.items():
-            rows[int(key)]["drift"] = drift
-            rows[int(key)]["measured_s"] = timing.best_s
-            rows[int(key)]["quiet"] = timing.agrees
+        sweeps = [{name: repeated(run, ROUNDS) for name, run in runs.items()} for _ in range(SWEEPS)]
+        drift = min(sweep["dense"].best_s for sweep in sweeps) / dense_s
+        for key in runs:
+            if key == "dense":
+                continue
+            row = rows[int(key) - first]
+            best = [sweep[key].best_s for sweep in sweeps]
+            row["drift"] = drift
+            row["measured_s"] = min(best)
+            row["noise"] = abs(min(best[::2]) / min(best[1::2]) - 1.0)
+            row["quiet"] = min((sweep[key] for sweep in sweeps), key=lambda timing: timing.best_s).agrees
     return rows, profile
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--plans", type=int, default=70, help="per network")
+    parser.add_argument("--plans", type=int, default=72, help="per network")
+    parser.add_argument("--first", type=int, default=0, help="number of the first plan, to split a run")
+    parser.add_argument("--group", type=int, default=12, help="plans after which the network is calibrated anew")
+    parser.add_argument("--spread", type=int, default=60, help="shapes beside a network's that calibration times")
+    parser.add_argument("--profile", help="of this machine, to be extended")
     parser.add_argument("--networks", nargs="+", default=["mlp", "resnet20", "mobilenet"])
     parser.add_argument("--json", help="where to write the results")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     profile = None
+    if arguments.profile and Path(arguments.profile).exists():
+        profile = DeviceProfile.load(arguments.profile)
     for name in arguments.networks:
         torch.manual_seed(0)
         with torch.inference_mode():
-            found, profile = measure(name, NETWORKS[name], arguments.plans, profile)
+            found, profile = measure(
+                name,
+                NETWORKS[name],
+                arguments.plans,
+                profile,
+                arguments.first,
+                arguments.profile,
+                arguments.group,
+                arguments.spread,
+            )
         rows += found
-        print(line(name, found))
+        if arguments.json:
+            write_json(arguments.json, {"environment": environment(), "rows": rows})
+        print(line(name, found), flush=True)
         for kind in PATTERNS:
             print(line(f"  {kind}", [row for row in found if row["pattern"] == kind]))
     print(line("all", rows))
-    if arguments.json:
-        write_json(arguments.json, {"environment": environment(), "rows": rows})
 
 
 def line(name: str, rows: list[dict[str, Any]]) -> str:
@@ -160,6 +213,7 @@ def line(name: str, rows: list[dict[str, Any]]) -> str:
         f"{name:14s} plans {len(rows):3d}"
         f"  MAPE {_percent(error)} bias {100 * error.mean():+5.2f} % within {_within(error)}"
         f" | drift out: MAPE {_percent(steady)} bias {100 * steady.mean():+5.2f} % within {_within(steady)}"
+        f" | noise {100 * np.mean([row['noise'] for row in rows]):.2f} %"
         f" | Spearman {rank:.4f}  {1e3 * measured.min():.3f}-{1e3 * measured.max():.3f} ms  noisy {noisy}"
     )
 

@@ -3,13 +3,13 @@
     python -m tests.benchmarks.bench_search_recipes mnist --folder runs/mnist-0
     python -m tests.benchmarks.bench_search_recipes cifar --folder runs/cifar-0
 
-Data are read from the folder LIGHTNING_PRUNE_DATA. For uniform, ERK, global-magnitude, LAMP and sensitivity-threshold
+Data are read from the folder LIGHTNING_PRUNE_DATA. For uniform, ERK, global-magnitude and sensitivity-threshold
 plans the sparsest one is sought, by bisection, whose validation accuracy after repair and some steps of fine-tuning
 drops by no more than the threshold; the candidates of the search get the same repair, the same steps and the same
 threshold. All winners are then fine-tuned alike, confirmed, and executed in turn.
 
 Every stage (`--only STAGE`) leaves its result in the folder and is not run again: dense, device, one per plan, search,
-measure. Stages run in this order, so that a run goes on where it was interrupted.
+measure, figures. Stages run in this order, so that a run goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -24,38 +24,64 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import optuna
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_prune import LatencyEstimator, Magnitude, OneShot, Pruning, calibrate, layer_table
-from lightning_prune.allocation import erk, global_shares, lamp, sensitivity_threshold, uniform
+from lightning_prune.allocation import erk, global_shares, sensitivity_threshold, uniform
 from lightning_prune.batch_norm import reestimate_batch_norm
 from lightning_prune.commands.recovery import Tuning
-from lightning_prune.input_statistics import layer_statistics
 from lightning_prune.latency import DeviceProfile
 from lightning_prune.latency.timing import keep_freed_memory, repeated
 from lightning_prune.plan import PlanEntry, SparsityPlan
 from lightning_prune.preparation import inference_copy
-from lightning_prune.reconstruction import repair
+from lightning_prune.reconstruction import DenseOutputs, reconstruct
 from lightning_prune.runtime import AcceleratedModel, accelerate
+from lightning_prune.search.curves import Sensitivity
+from lightning_prune.search.history import save_trials
 from lightning_prune.search.one_shot import one_shot_masks
+from lightning_prune.search.result_figures import scatter_figure
 from lightning_prune.search.search import search_sparsity
 from lightning_prune.search.sensitivity import sensitivity
+from lightning_prune.search.storages import open_storage
 from lightning_prune.targets import parameters
 from lightning_prune.zoo import CIFAR10, MNIST, CIFARResNet, Classifier, HanCNN
 from tests.benchmarks.harness import environment, write_json
+from tests.benchmarks.recipe_figures import write_figures
 
-LEVELS = (0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.84, 0.87, 0.9, 0.92, 0.935, 0.95, 0.96, 0.97, 0.975, 0.98, 0.985, 0.99, 0.995)
+LEVELS = (
+    0.3,
+    0.5,
+    0.6,
+    0.7,
+    0.75,
+    0.8,
+    0.84,
+    0.87,
+    0.9,
+    0.92,
+    0.935,
+    0.95,
+    0.96,
+    0.97,
+    0.975,
+    0.98,
+    0.985,
+    0.99,
+    0.995,
+)
 """Finer where it matters than the search's default, as bisection is."""
 
 HAN = {"conv1": 0.65, "conv2": 0.95, "conv3": 0.98, "fc1": 0.98, "fc2": 0.90}
 """The plan made by hand that published Han-style results for this network use."""
 
-_BISECTIONS = 9
+_BISECTIONS = 8
+_SCANNED = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 _SWEEPS, _ROUNDS = 15, 15
 
 
@@ -65,21 +91,30 @@ class Settings:
 
     Args:
         train_epochs: of the dense network; 0 where there are published weights.
+        examples: of training, that candidates are repaired on.
+        validated: validation examples that candidates are measured on; all confirm the winners.
+        repair: of candidates, see `search_sparsity`.
         tuning_steps: that every candidate gets.
-        recovery_epochs: that every winner gets.
+        recovery_batches: of fine-tuning that every winner gets.
         trials: of the search.
         plans: what the search is compared with.
     """
 
     train_epochs: int
+    examples: int
+    validated: int
+    repair: Literal["layerwise", "sequential"]
     tuning_steps: int
-    recovery_epochs: int
+    recovery_batches: int
     trials: int
     plans: tuple[str, ...]
 
 
-FAMILIES = ("uniform", "erk", "global magnitude", "lamp", "sensitivity threshold")
-SETTINGS = {"mnist": Settings(3, 40, 1, 50, (*FAMILIES, "han")), "cifar": Settings(0, 40, 3, 50, FAMILIES)}
+FAMILIES = ("uniform", "erk", "global magnitude", "sensitivity threshold")
+SETTINGS = {
+    "mnist": Settings(3, 384, 3072, "sequential", 0, 250, 50, (*FAMILIES, "han")),
+    "cifar": Settings(0, 128, 1000, "sequential", 0, 20, 40, FAMILIES),
+}
 
 
 def model_of(name: str) -> LightningModule:
@@ -103,9 +138,7 @@ def data_of(name: str, seed: int) -> Any:
 
 def quiet_trainer(**settings: Any) -> Trainer:
     """Without a word."""
-    return Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, **settings
-    )
+    return Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, **settings)
 
 
 class Bench:
@@ -141,7 +174,7 @@ class Bench:
             torch.save(torch.load(best.best_model_path, weights_only=True)["state_dict"], path)
         if path.exists():
             model.load_state_dict(torch.load(path, weights_only=True))
-        model.trainer = None  # type: ignore[assignment]
+        model.trainer = None
         return model
 
     @cached_property
@@ -154,7 +187,7 @@ class Bench:
         found: list[Tensor] = []
         for x, _ in self.data.train_dataloader():
             found.append(x)
-            if sum(map(len, found)) >= 1024:
+            if sum(map(len, found)) >= self.settings.examples:
                 break
         return found
 
@@ -163,58 +196,88 @@ class Bench:
         return layer_table(self.dense, self.example)
 
     @cached_property
-    def statistics(self) -> Any:
-        return layer_statistics(self.dense, self.calibration, list(self.table.names))
+    def outputs(self) -> DenseOutputs:
+        return DenseOutputs()
 
     @cached_property
     def profile(self) -> DeviceProfile:
         path = self.folder / "device.json"
-        return DeviceProfile.load(path) if path.exists() else calibrate(self.dense, self.example, profile=path)
+        if path.exists():
+            return DeviceProfile.load(path)
+        return calibrate(self.dense, self.example, profile=path, spread=0)
 
     @cached_property
     def dense_accuracy(self) -> float:
-        return self.accuracy(self.dense)
+        return self.whole(self.dense)
+
+    @cached_property
+    def part(self) -> list[tuple[Tensor, Tensor]]:
+        """Validation batches that judge candidates."""
+        return self.validation[: math.ceil(self.settings.validated / len(self.validation[0][0]))]
 
     @cached_property
     def tune(self) -> Tuning | None:
         steps = self.settings.tuning_steps
         return Tuning(quiet_trainer(max_epochs=1), self.model, self.data, steps=steps) if steps else None
 
-    def accuracy(self, network: nn.Module, test: bool = False) -> float:
-        """On validation or test data."""
+    @cached_property
+    def curves(self) -> Sensitivity:
+        """Of each layer pruned alone, without repair, as Han et al. look at them."""
+        path = self.folder / "sensitivity.json"
+        if not path.exists():
+            sensitivity(self.dense, self.part[:8], levels=_SCANNED).save(path)
+        return Sensitivity.load(path)
+
+    def accuracy(self, network: nn.Module, batches: list[tuple[Tensor, Tensor]] | None = None) -> float:
+        """On the part of the validation data that judges candidates, or other batches."""
         right = total = 0
         with torch.inference_mode():
-            for x, y in self.test if test else self.validation:
+            for x, y in self.part if batches is None else batches:
                 right += int((network(x).argmax(1) == y).sum())
                 total += len(y)
         return right / total
 
+    def whole(self, network: nn.Module) -> float:
+        """On all validation data."""
+        return self.accuracy(network, self.validation)
+
     def recover(self, network: nn.Module, plan: SparsityPlan) -> nn.Module:
-        """Fine-tuned with its zeros kept: the best epoch on validation data."""
+        """Fine-tuned with its zeros kept, or as it was where that did not help.
+
+        What drops values out does so less often, as Han et al. (2015, section 3.3) have it: with a probability times
+        the root of the share of weights that are left.
+        """
         torch.manual_seed(self.seed)
         model = copy.deepcopy(self.model)
         model.load_state_dict(network.state_dict())
-        best = ModelCheckpoint(tempfile.mkdtemp(), monitor="val_acc_at_target", mode="max")
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p *= math.sqrt(self.table.nonzeros(plan) / self.table.total_params)
         pruning = Pruning(plan, OneShot(), scope="local", end=0.01)
-        trainer = quiet_trainer(max_epochs=self.settings.recovery_epochs, callbacks=[pruning, best])
+        trainer = quiet_trainer(
+            max_epochs=1,
+            limit_train_batches=self.settings.recovery_batches,
+            limit_val_batches=0,
+            enable_checkpointing=False,
+            callbacks=[pruning],
+        )
         trainer.fit(model, datamodule=self.data)
-        model.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
-        return inference_copy(model)
+        model.trainer = None
+        trained = inference_copy(model)
+        return trained if self.whole(trained) >= self.whole(network) else network
 
     def candidate(self, plan: SparsityPlan) -> nn.Module:
         """What the search gives its candidates: one-shot by magnitude, least squares, BatchNorm, some steps."""
-        network = inference_copy(self.dense)
-        own, whole = parameters(network), parameters(self.dense)
-        with torch.no_grad():
-            for name, share in plan.items():
-                if share == 0:
-                    continue
-                masks = one_shot_masks(inference_copy(self.dense), name, [PlanEntry(share)], Magnitude())
-                bias_name = f"{name.rpartition('.')[0]}.bias"
-                [done] = repair(whole[name], masks, self.statistics[name], bias=whole.get(bias_name))
-                own[name].copy_(done.weight)
-                if done.bias is not None:
-                    own[bias_name].copy_(done.bias)
+        network, spare = inference_copy(self.dense), inference_copy(self.dense)
+        masks = {
+            name: one_shot_masks(spare, name, [PlanEntry(share)], Magnitude())[0]
+            for name, share in plan.items()
+            if share > 0
+        }
+        sequential = self.settings.repair == "sequential"
+        reconstruct(
+            self.dense, masks, self.calibration, sequential=sequential, remember=self.outputs if sequential else None
+        ).apply(network)
         reestimate_batch_norm(network, self.calibration)
         if self.tune is not None:
             self.tune(network, plan)
@@ -224,7 +287,7 @@ class Bench:
         """Plans by one number in [0, 1]."""
         weights = {n: weight.detach() for n, weight in parameters(self.dense).items() if n in self.table.names}
         if name == "sensitivity threshold":
-            curves = sensitivity(self.dense, self.validation)
+            curves = self.curves
             drops = curves.drops("accuracy").numpy()
             # Its argument is a drop: what each layer alone may cost.
             return lambda s: sensitivity_threshold(curves.names, curves.levels, drops, s * 0.05)
@@ -232,7 +295,6 @@ class Bench:
             "uniform": lambda s: uniform(self.table, s),
             "erk": lambda s: erk(self.table, s),
             "global magnitude": lambda s: global_shares({n: w.abs() for n, w in weights.items()}, s),
-            "lamp": lambda s: lamp(weights, s),
         }
         return makes[name]
 
@@ -246,12 +308,14 @@ class Bench:
         network = found.pop("network")
         torch.save(network.state_dict(), path.with_suffix(".pt"))
         found |= {
-            "accuracy": self.accuracy(network),
-            "test_accuracy": self.accuracy(network, test=True),
+            "accuracy": self.whole(network),
+            "test_accuracy": self.accuracy(network, self.test),
             "seconds": time.monotonic() - began,
         }
         write_json(path, found)
-        print(name, {key: found[key] for key in ("before_recovery", "accuracy", "test_accuracy", "seconds")}, flush=True)
+        print(
+            name, {key: found[key] for key in ("before_recovery", "accuracy", "test_accuracy", "seconds")}, flush=True
+        )
         return found
 
     def by_hand(self) -> dict[str, Any]:
@@ -262,27 +326,29 @@ class Bench:
             "plan": plan.as_dict(),
             "evaluations": 1,
             "before_recovery": self.accuracy(network),
-            "network": self._better(network, self.recover(network, plan)),
+            "network": self.recover(network, plan),
         }
 
     def bisected(self, name: str) -> dict[str, Any]:
         """The sparsest plan of a family whose accuracy is at least what the threshold leaves, as bisection sees it."""
-        make, least = self.family(name), self.dense_accuracy - self.max_drop
-        low, high = 0.0, 0.995 if name != "sensitivity threshold" else 1.0
-        plan, network, value = make(0.0), inference_copy(self.dense), self.dense_accuracy
+        make, reference = self.family(name), self.accuracy(self.dense)
+        low, high = (0.0, 1.0) if name == "sensitivity threshold" else (0.5, 0.995)
+        plan = make(low)
+        network = self.candidate(plan)
+        value = self.accuracy(network)
         for _ in range(_BISECTIONS):
             middle = (low + high) / 2
             tried = self.candidate(make(middle))
             reached = self.accuracy(tried)
-            if reached >= least - 1e-9:
+            if reference - reached <= self.max_drop + 1e-9:
                 low, plan, network, value = middle, make(middle), tried, reached
             else:
                 high = middle
         return {
             "plan": plan.as_dict(),
-            "evaluations": _BISECTIONS,
+            "evaluations": _BISECTIONS + 2,
             "before_recovery": value,
-            "network": self._better(network, self.recover(network, plan)),
+            "network": self.recover(network, plan),
         }
 
     def searched(self) -> dict[str, Any]:
@@ -296,8 +362,10 @@ class Bench:
             profile=self.profile,
             levels=LEVELS,
             n_trials=self.settings.trials,
+            repair=self.settings.repair,
             tune=self.tune,
             recover=self.recover,
+            confirm=self.whole,
             seed=self.seed,
             storage=self.folder / "study.db",
             study_name="search",
@@ -310,9 +378,14 @@ class Bench:
             "network": found.model,
         }
 
-    def _better(self, tuned: nn.Module, trained: nn.Module) -> nn.Module:
-        """As the search does it."""
-        return trained if self.accuracy(trained) >= self.accuracy(tuned) else tuned
+    def draw(self, folder: Path) -> None:
+        """The figures of the recipe."""
+        network = inference_copy(self.dense)
+        network.load_state_dict(torch.load(self.folder / "search.pt", weights_only=True))
+        study = optuna.load_study(study_name="search", storage=open_storage(self.folder / "study.db"))
+        history = save_trials(self.folder / "trials.json", study, unit="s")
+        folder.mkdir(parents=True, exist_ok=True)
+        print(write_figures(folder, self.dense, network, self.table, self.curves, scatter_figure(history)))
 
     def measure(self) -> dict[str, Any]:
         """All networks executed in turn, so that a slow spell of the machine meets all of them."""
@@ -333,7 +406,7 @@ class Bench:
             "dense": {
                 "measured_ms": best["dense"] * 1e3,
                 "accuracy": self.dense_accuracy,
-                "test_accuracy": self.accuracy(self.dense, test=True),
+                "test_accuracy": self.accuracy(self.dense, self.test),
             }
         }
         for name, found in stages.items():
@@ -361,7 +434,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=sorted(SETTINGS))
     parser.add_argument("--folder", required=True, type=Path)
-    parser.add_argument("--only", nargs="*", choices=["dense", "device", *FAMILIES, "han", "search", "measure"])
+    parser.add_argument(
+        "--only", nargs="*", choices=["dense", "device", *FAMILIES, "han", "search", "measure", "figures"]
+    )
+    parser.add_argument("--figures", type=Path, help="folder of the figures, by default that of the run")
     parser.add_argument("--max_drop", type=float, default=0.005)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -369,11 +445,15 @@ def main() -> None:
     keep_freed_memory()
     settings = SETTINGS[arguments.task]
     bench = Bench(arguments.task, arguments.seed, arguments.max_drop, arguments.folder, settings)
-    for name in arguments.only or ["dense", "device", *settings.plans, "search", "measure"]:
+    for name in arguments.only or ["dense", "device", *settings.plans, "search", "measure", "figures"]:
         if name == "dense":
-            print(f"dense {bench.dense_accuracy:.4f} on validation, {bench.accuracy(bench.dense, test=True):.4f} on test")
+            print(
+                f"dense {bench.dense_accuracy:.4f} on validation, {bench.accuracy(bench.dense, bench.test):.4f} on test"
+            )
         elif name == "device":
             print(bench.profile.machine)
+        elif name == "figures":
+            bench.draw(arguments.figures or arguments.folder)
         elif name == "measure":
             write_json(arguments.folder / "results.json", {"environment": environment(), **bench.measure()})
         else:

@@ -103,6 +103,24 @@ def test_when(begin: Any, freeze: Any, first: int, last: int) -> None:
     assert plain(model)
 
 
+@pytest.mark.parametrize(
+    ("options", "widths"),
+    [
+        ({"bits": 16}, {"net.0": (16, 16), "net.2": (16, 16)}),
+        ({"bits": 2, "first_bits": 8, "last_bits": 4}, {"net.0": (8, 8), "net.2": (4, 4)}),
+        ({"bits": {"*": 3}, "activation_bits": 6, "exclude": "net.0"}, {"net.2": (3, 6)}),
+    ],
+)
+def test_widths(options: Any, widths: Any) -> None:
+    callback = QuantizationAwareTraining(**options, weight_scheme="symmetric")
+    model = fit([callback], max_epochs=2)
+    grids = {n: (each.weight.quantizer.grid, each.input.quantizer.grid) for n, each in callback.quantizers.items()}
+    assert {name: (weight.bits, of_input.bits) for name, (weight, of_input) in grids.items()} == widths
+    assert {(weight.scheme, of_input.scheme) for weight, of_input in grids.values()} == {("symmetric", "asymmetric")}
+    assert plain(model)
+    assert not same(model, fit([], max_epochs=2))
+
+
 def test_nothing_changes_before_it_begins() -> None:
     states: list[list[Any]] = []
     for callbacks in ([], [QuantizationAwareTraining(begin=Epochs(2))]):
@@ -137,7 +155,7 @@ class Validated(Callback):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         metrics = trainer.callback_metrics
-        twin = quantize(pl_module, list(loader())[:2], 3)
+        twin = quantize(pl_module, list(loader())[:1], 3)
         losses = [nn.functional.cross_entropy(twin(x), y).item() for x, y in loader()]
         self.seen.append((self.plain, float(metrics["val_loss_int3"]), sum(losses) / len(losses)))
 

@@ -99,7 +99,7 @@ def test_metrics_are_those_of_the_twin() -> None:
     dense = reference(model, clones(), bits=16)
     for end, expected in (
         ("int8", reference(model, clones()[:3])),
-        ("int4_symmetric", reference(model, clones()[:2], bits=4, scheme="symmetric", per_channel=False)),
+        ("int4_symmetric", reference(model, clones()[:1], bits=4, scheme="symmetric", per_channel=False)),
         ("low", reference(model, clones(), bits={"net.0": 3}, ranges=Percentile(0.9))),
     ):
         assert expected["val_loss"] != dense["val_loss"]
@@ -109,6 +109,25 @@ def test_metrics_are_those_of_the_twin() -> None:
             assert metrics[name] == pytest.approx(dense[name], rel=2e-2)  # not disturbed
     assert len(metrics) == len(METRICS) * 7
     assert not {"log", "on_validation_epoch_end", "forward"} & vars(model).keys()
+
+
+def test_every_setting_reaches_the_twin() -> None:
+    every: list[dict[str, Any]] = [
+        {"bits": 16},
+        {"bits": 3, "exclude": "net.0"},
+        {"bits": 2, "first_bits": 8, "last_bits": 16},
+        {"bits": {"net.0": 3, "*": 5}, "activation_bits": 2, "weight_scheme": "symmetric", "outputs": True},
+        {"bits": 3, "weight_ranges": Percentile(0.8), "ranges": Percentile(0.7), "per_channel": False},
+    ]
+    model = trained()
+    callbacks: list[Callback] = [QuantizedEvaluation(**each, name=f"q{i}") for i, each in enumerate(every)]
+    [metrics] = trainer(callbacks).validate(model, loader(), verbose=False)
+    losses = []
+    for i, each in enumerate(every):
+        [expected] = trainer([]).validate(quantize(model, list(loader())[:1], **each), loader(), verbose=False)  # type: ignore[arg-type]
+        assert metrics[f"val_loss_q{i}"] == pytest.approx(expected["val_loss"], rel=1e-6)
+        losses.append(expected["val_loss"])
+    assert len(set(losses)) == len(every)
 
 
 class Generators(Callback):
@@ -160,7 +179,7 @@ def test_ranges_are_of_the_first_training_batches_and_the_network_is_the_one_val
 
         def on_validation_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, *_: Any) -> None:
             if batch_idx == 0 and not trainer.sanity_checking:
-                twin = quantize(pl_module, list(loader())[:2])
+                twin = quantize(pl_module, list(loader())[:1])
                 losses = [nn.functional.cross_entropy(twin(x), y).item() for x, y in loader()]
                 self.losses.append(sum(losses) / len(losses))
 
@@ -249,7 +268,7 @@ def test_a_forward_of_ones_own_and_one_that_fails() -> None:
         return model.net(batch[0])
 
     trainer([QuantizedEvaluation(forward=run, calibration_batches=1)]).validate(Tiny(), loader(), verbose=False)
-    assert len(seen) >= 1
+    assert len(seen) == 1
     rows = DataLoader(TensorDataset(torch.ones(8, 5)), batch_size=4)
 
     class Odd(Tiny):

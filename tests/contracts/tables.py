@@ -55,7 +55,7 @@ GRANULARITIES: list[Granularity] = [
     NM(1, 4),
 ]
 
-KERNELS: list[LayerKernel] = [*kernels.KERNELS, BSR(2), BSR(32)]
+KERNELS: list[LayerKernel] = [*kernels.ALL_KERNELS, BSR(2), BSR(32)]
 
 # The networks of the contracts have the parameters 0.weight and 1.weight.
 SCOPES: list[Scope] = ["global", "local", "filter", {"all": ["*.weight"]}, {"first": ["0.weight"], "rest": ["1*"]}]

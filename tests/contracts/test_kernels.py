@@ -25,7 +25,10 @@ from torch import Tensor, nn
 
 from lightning_prune import NM, Block, Unstructured, kernels
 from lightning_prune.granularities import Granularity
-from lightning_prune.kernels import LAYOUTS, SIMD, LayerKernel, Workload, expected_occupancy
+from lightning_prune.kernels import LAYOUTS, SIMD, Int8, LayerKernel, Workload, expected_occupancy
+from lightning_prune.kernels.int8 import unavailable
+from lightning_prune.quantization.quantizers import Quantizer
+from lightning_prune.quantization.schemes import Grid
 from tests.contracts.tables import KERNELS, defined
 from tests.latency.profiles import workload_of
 
@@ -55,6 +58,7 @@ def test_names_under_which_profiles_are_kept() -> None:
         "shrunk-nhwc",
         "semi-structured",
     ]
+    assert [kernel.name for kernel in kernels.QUANTIZED_KERNELS] == ["int8", "int8-nhwc"]
     assert len({kernel.name for kernel in KERNELS}) == len(set(KERNELS)) == len(KERNELS)
 
 
@@ -85,6 +89,19 @@ def assert_right(y: Tensor, layer: Layer, x: Tensor, tolerance: float = 1e-5) ->
     assert y.shape == expected.shape
     assert y.dtype == x.dtype
     assert float((y.double() - expected).abs().max()) <= tolerance * magnitude if y.numel() else True
+
+
+def meant(kernel: LayerKernel, layer: Layer, x: Tensor) -> tuple[Layer, Tensor]:
+    """The layer and the input that a kernel's result is exact for: rounded ones of those that round."""
+    if kernel.exact or not x.numel():
+        return layer, x
+    rounded = copy.deepcopy(layer)
+    weight = Quantizer(Grid(7, "symmetric"), len(layer.weight))
+    weight.cover(*layer.weight.detach().flatten(1).aminmax(dim=1))
+    rounded.weight = nn.Parameter(weight(layer.weight.detach()))
+    inputs = Quantizer(Grid())
+    inputs.cover(*(bound.view(1) for bound in x.aminmax()))
+    return rounded, inputs(x)
 
 
 def zeros_in(weight: Tensor, pattern: str, sparsity: float, generator: torch.Generator) -> None:
@@ -162,7 +179,7 @@ def test_result_is_the_layers(kernel: LayerKernel, data: st.DataObject) -> None:
     if runs(kernel, case.layer, case.x):
         before = case.x.clone()
         with torch.no_grad():
-            assert_right(kernel.build(case.layer)(case.x), case.layer, case.x)
+            assert_right(kernel.build(case.layer)(case.x), *meant(kernel, case.layer, case.x))
         assert torch.equal(case.x, before)
 
 
@@ -251,19 +268,21 @@ class TestBuilt:
         assert torch.equal(built(sample[1]), before)
 
     @pytest.mark.parametrize("batch", [0, 1, 5])
-    def test_takes_other_batches(self, built: nn.Module, sample: tuple[Layer, Tensor], batch: int) -> None:
+    def test_takes_other_batches(
+        self, kernel: LayerKernel, built: nn.Module, sample: tuple[Layer, Tensor], batch: int
+    ) -> None:
         layer, x = sample
         x = torch.randn(batch, *x.shape[1:])
         with torch.no_grad():
-            assert_right(built(x), layer, x)
+            assert_right(built(x), *meant(kernel, layer, x))
 
-    def test_takes_other_image_sizes(self, built: nn.Module, sample: tuple[Layer, Tensor]) -> None:
+    def test_takes_other_image_sizes(self, kernel: LayerKernel, built: nn.Module, sample: tuple[Layer, Tensor]) -> None:
         layer, x = sample
         if x.ndim == 4:
             with torch.no_grad():
                 for size in (4, 9):
                     x = torch.randn(2, x.shape[1], size, size + 1)
-                    assert_right(built(x), layer, x)
+                    assert_right(built(x), *meant(kernel, layer, x))
 
     def test_leaves_the_layer_alone(self, kernel: LayerKernel, sample: tuple[Layer, Tensor]) -> None:
         layer, x = sample
@@ -288,7 +307,7 @@ class TestBuilt:
 
     def test_double_precision(self, kernel: LayerKernel, sample: tuple[Layer, Tensor]) -> None:
         layer, x = sample[0].double(), sample[1].double()
-        if isinstance(kernel, SIMD):
+        if isinstance(kernel, SIMD | Int8):
             assert "float32, not torch.float64" in str(kernel.refuses(workload_of(layer, x), torch.float64, CPU))
             return
         assert runs(kernel, layer, x)
@@ -374,6 +393,8 @@ def test_who_refuses_what() -> None:
         "shrunk": {"grouped"},
         "shrunk-nhwc": {"grouped", *linear},
         "semi-structured": set(SAMPLES),
+        "int8": set() if unavailable() is None else set(SAMPLES),
+        "int8-nhwc": linear if unavailable() is None else set(SAMPLES),
     }
 
 
@@ -404,18 +425,22 @@ def test_reasons_name_what_does_not_fit(kernel: LayerKernel) -> None:
                     assert any(value in reason for value in (*values, str(dtype), device.type)), reason
 
 
-def test_nobody_hears_that_compressed_tensors_are_in_beta() -> None:
-    built = pickle.dumps(kernels.CSR().build(nn.Linear(8, 8)))
+def test_nobody_hears_what_torch_says_once() -> None:
+    built = pickle.dumps([kernels.CSR().build(nn.Linear(8, 8)), kernels.Int8().build(nn.Conv2d(3, 8, 1))])
     code = """if True:
         import pickle, sys, warnings
         import torch
         warnings.resetwarnings()
         warnings.simplefilter("error")
         before = list(warnings.filters)
-        module = pickle.load(sys.stdin.buffer)
+        matrix, integers = pickle.load(sys.stdin.buffer)
         assert warnings.filters == before, warnings.filters
-        module(torch.ones(3, 8))
-        from lightning_prune.kernels import BSR
+        matrix(torch.ones(3, 8))
+        from lightning_prune.kernels import BSR, Int8
+        from lightning_prune.kernels.int8 import unavailable
+        if unavailable() is None:
+            integers(torch.ones(1, 3, 8, 8))
+            Int8().build(torch.nn.Linear(8, 8))(torch.ones(3, 8))
         BSR(4).build(torch.nn.Linear(8, 8))(torch.ones(3, 8))
     """
     run = subprocess.run([sys.executable, "-c", code], input=built, capture_output=True, check=False)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_prune.kernels import SIMD, Workload, native, simd, simd_plan
+from lightning_prune.kernels import SIMD, Workload, measured_occupancy, native, simd, simd_plan
 from lightning_prune.kernels.simd import SparseLayer
 from lightning_prune.kernels.simd_plan import Settings, candidates, choose, estimate, least
 from tests.latency.profiles import workload_of
@@ -219,3 +219,46 @@ def test_rectifies_like_pytorch() -> None:
     expected = functional.relu(layer(x))
     assert torch.equal(built(x).isnan(), expected.isnan())
     assert torch.allclose(built(x), expected, equal_nan=True)
+
+
+class TestVisits:
+    """What visiting filters costs, by how zeros lie."""
+
+    @staticmethod
+    def visits(mask: Tensor) -> float:
+        features = SIMD().features(Workload("linear", 64, mask.shape[1], mask.shape[0]), measured_occupancy(mask))
+        return float(features["visits"])
+
+    @staticmethod
+    def guessed(mask: Tensor) -> float:
+        left = measured_occupancy(mask)
+        work = Workload("linear", 64, mask.shape[1], mask.shape[0])
+        return float(least(work, left.density.numpy().reshape(1), left.columns.numpy().reshape(1)).visits[0])
+
+    @pytest.mark.parametrize("density", [0.6, 0.3, 0.1, 0.05])
+    def test_zeros_anywhere_pay_in_full(self, density: float) -> None:
+        mask = (torch.rand(512, 512, generator=torch.Generator().manual_seed(0)) < density).float()
+        assert self.visits(mask) == pytest.approx(self.guessed(mask), rel=0.02)
+
+    @pytest.mark.parametrize("density", [0.5, 0.2, 0.1])
+    def test_blocks_pay_a_third(self, density: float) -> None:
+        blocks = (torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) < density).float()
+        mask = blocks.repeat_interleave(8, 0).repeat_interleave(8, 1)
+        assert self.visits(mask) == pytest.approx(0.35 * self.guessed(mask), rel=0.05)
+
+    def test_dead_filters_are_hardly_visited(self) -> None:
+        mask = torch.zeros(512, 512)
+        mask[:128] = 1.0
+        assert self.visits(mask) == pytest.approx(0.35 * (0.15 + 0.85 / 4) * self.guessed(mask), rel=1e-6)
+        mask[:, 256:] = 0.0  # inputs that are gone as a whole scatter nothing
+        assert self.visits(mask) == pytest.approx(0.35 * (0.15 + 0.85 / 4) * self.guessed(mask), rel=1e-6)
+
+    @given(density=st.floats(0.0, 1.0), rows=st.floats(0.0, 1.0), columns=st.floats(0.0, 1.0), seed=st.integers(0, 99))
+    @settings(max_examples=50, deadline=None)
+    def test_never_more_than_guessed_nor_nothing(self, density: float, rows: float, columns: float, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        mask = torch.rand(32, 24, generator=generator) < density
+        mask &= torch.rand(32, 1, generator=generator) < rows
+        mask &= torch.rand(1, 24, generator=generator) < columns
+        guessed = self.guessed(mask.float())
+        assert 0.05 * guessed <= self.visits(mask.float()) <= guessed * (1 + 1e-9)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from lightning_prune import DeviceProfile, LatencyEstimator, Unstructured, calibrate, layer_table
 from lightning_prune.kernels import CSR, KERNELS, Dense, LayerKernel, Shrunk, Workload
 from lightning_prune.kernels.workload import runnable
-from lightning_prune.latency import calibration as module
+from lightning_prune.latency import session as module
 from lightning_prune.latency.calibration import NoisyMachineWarning
+from lightning_prune.latency.machine import Machine
 from lightning_prune.latency.passes import measure_kernel
 from lightning_prune.latency.profile import digest
 from tests import support
@@ -94,6 +95,13 @@ def test_measures_every_layer_with_every_kernel_that_runs_it() -> None:
     network = profile.network(table)
     assert network is not None
     assert network.layers == table.names
+    # The five places of CSR, and the four of shrunk layers that so small ones tell apart.
+    assert {layout: len(pairs) for layout, pairs in network.shares.items()} == {"nchw": 9}
+    assert all(layers > 0 and whole > 0 for pairs in network.shares.values() for layers, whole in pairs)
+    assert set(network.rectifiers_s) == {"nchw", "nhwc"}
+    for found_s in network.rectifiers_s.values():  # the only ReLU is behind the first layer
+        assert list(found_s) == ["0.weight"]
+        assert 0 < found_s["0.weight"] < 1
     assert profile.rounds == 2
     assert profile.quiet
 
@@ -108,6 +116,18 @@ def test_the_estimate_of_the_dense_network_is_its_time() -> None:
     dense = float(estimator.latency_s(torch.zeros(3, dtype=torch.float64)))
     assert min(network.fixed_s.values()) > 0
     assert dense == pytest.approx(min(network.dense_s.values()), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("pass_s", "rounds", "expected"),
+    [(0.1, 9, 9), (1 / 61, 9, 10), (1e-3, 9, 45), (0.0, 9, 45), (0.01, 1, 5), (1.0, 1, 1)],
+)
+def test_short_passes_are_timed_more_often(
+    monkeypatch: pytest.MonkeyPatch, pass_s: float, rounds: int, expected: int
+) -> None:
+    monkeypatch.setattr(module, "_whole", lambda run, times, device: pass_s)
+    session = module.Session(Machine.here(torch.device("cpu"), torch.float32), FEW, rounds, None, None)
+    assert session._rounds_of(lambda: None) == expected
 
 
 def test_leaves_the_model_and_the_random_numbers_alone() -> None:

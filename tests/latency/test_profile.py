@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lightning_prune import DeviceProfile, Filter, LatencyEstimator, Unstructured
 from lightning_prune.kernels import KERNELS, Workload
@@ -28,7 +30,12 @@ def whole() -> tuple[Any, DeviceProfile]:
     """A profile with something of everything."""
     table, networks = record(*residual())
     networks = {
-        key: replace(network, rests={"nchw": ((-1e-5, -1e-6), (-2e-5, -3e-6))}) for key, network in networks.items()
+        key: replace(
+            network,
+            shares={"nchw": ((0.5, 0.6), (0.1, 0.25))},
+            rectifiers_s={"nchw": {network.layers[0]: 1e-6}},
+        )
+        for key, network in networks.items()
     }
     counted = Counted()
     measured = tuple(counted.measured(WORKS, (0.0, 0.5, 0.9)))
@@ -64,7 +71,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 def test_unknown_kernels_are_named(tmp_path: Path) -> None:
     whole()[1].save(tmp_path / "p.json")
-    with pytest.raises(ValueError, match=r"p\.json: .*costs of kernel 'counted'.*kernels=\(\*KERNELS, yours\)"):
+    with pytest.raises(ValueError, match=r"p\.json: .*costs of kernel 'counted'.*kernels=\(\*ALL_KERNELS, yours\)"):
         DeviceProfile.load(tmp_path / "p.json")
 
 
@@ -217,16 +224,53 @@ class TestNetworks:
     def test_the_rest_of_a_pass_goes_through_the_dense_one(self) -> None:
         _, networks = record(*residual(), fixed_s=2e-4)
         (network,) = networks.values()
-        inside = network.dense_s["nchw"] - 2e-4
-        assert network.rest("nchw") == (2e-4, 0.0)
-        slower = replace(network, rests={"nchw": ((-4e-4, -4e-5), (-2e-4, -2e-5))})
-        rest_s, share = slower.rest("nchw")
-        assert share == pytest.approx(0.1)
-        assert rest_s + (1 + share) * inside == pytest.approx(network.dense_s["nchw"])
-        for strange in (((-1e-4, 1e-4),), ((-1e-4, -1.0),), ((0.0, 1.0),)):
-            rest_s, share = replace(network, rests={"nchw": strange}).rest("nchw")
-            assert share >= 0
-            assert rest_s >= -1e-12
+        assert list(network.rest("nchw")) == pytest.approx([2e-4, 0.0])
+        # A quarter of the dense pass stays where the layers are gone, and passes in between lie on the line.
+        dense_s, layers_s = network.dense_s["nchw"], network.layers_s["nchw"] / 1.5
+        found = replace(
+            network, layers_s={"nchw": layers_s}, shares={"nchw": tuple((x, 0.25 + 0.75 * x) for x in (0.6, 0.3, 0.1))}
+        )
+        rest_s, share = found.rest("nchw")
+        assert rest_s == pytest.approx(0.25 * dense_s)
+        assert rest_s + (1 + share) * 0.3 * layers_s == pytest.approx((0.25 + 0.75 * 0.3) * dense_s)
+        assert rest_s + (1 + share) * layers_s == pytest.approx(dense_s)
+
+    @settings(max_examples=100, deadline=None)
+    @given(
+        shares=st.lists(st.tuples(st.floats(0, 3), st.floats(0, 3)), max_size=6),
+        layers=st.just(0.0) | st.floats(1e-3, 2),
+        fixed=st.floats(0, 1),
+    )
+    def test_the_rest_of_a_pass_is_never_negative(
+        self, shares: list[tuple[float, float]], layers: float, fixed: float
+    ) -> None:
+        _, networks = record(*residual())
+        (network,) = networks.values()
+        network = replace(
+            network,
+            dense_s={"nchw": 1.0},
+            layers_s={"nchw": layers},
+            fixed_s={"nchw": fixed},
+            shares={"nchw": tuple(shares)},
+        )
+        rest_s, share = network.rest("nchw")
+        assert rest_s >= 0
+        assert share >= -1
+        if layers > 0:
+            assert rest_s + (1 + share) * layers == pytest.approx(1.0)
+            assert share >= min(0.0, 1.0 / layers - 1.0) - 1e-9  # layers take at least what they add up to
+
+    def test_passes_far_from_a_line_count_by_their_relative_errors(self) -> None:
+        _, networks = record(*residual())
+        (network,) = networks.values()
+        pairs = ((0.5, 0.7), (0.1, 0.2))
+        network = replace(network, dense_s={"nchw": 1.0}, layers_s={"nchw": 0.1}, shares={"nchw": pairs})
+        share = 1.0 - network.rest("nchw")[0]
+        losses = {
+            each: sum(((1 - each + each * layers) / whole - 1) ** 2 for layers, whole in pairs)
+            for each in (share - 0.01, share, share + 0.01)
+        }
+        assert min(losses, key=losses.__getitem__) == share
 
     def test_a_schema_is_a_promise(self) -> None:
         assert module.SCHEMA == "lightning-prune/device-profile/1"

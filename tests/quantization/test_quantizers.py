@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune.quantization import AveragedMinMax, MinMax, QuantizationSettings, quantize
-from lightning_prune.quantization.quantizers import ActivationQuantizer, LayerQuantizers
+from lightning_prune.quantization.quantizers import ActivationQuantizer, LayerQuantizers, layer_quantizers
 from lightning_prune.quantization.schemes import Grid
 from lightning_prune.quantization.settings import LayerBits
-from lightning_prune.quantization.twin import layer_quantizers
 
 
 def of(layer: nn.Module, bits: int = 8, **options: Any) -> LayerQuantizers:

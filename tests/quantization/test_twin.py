@@ -210,6 +210,34 @@ def test_batch_norm_is_folded_and_its_statistics_are_the_models(residual: Residu
     assert torch.equal(again(x), twin(x))
 
 
+@pytest.mark.parametrize("outputs", [False, True])
+def test_each_batch_is_run_once_and_ranges_are_of_what_layers_take_in(residual: Residual, outputs: bool) -> None:
+    """Folding needs a pass; where what layers give counts too, which it changes, that is one more."""
+    taken: dict[str, list[Tensor]] = {"stem": [], "body": [], "fc": []}
+
+    def run(model: Any, batch: Any) -> Any:
+        sizes.append(batch.shape[0])
+        return model(batch)
+
+    sizes: list[int] = []
+    seen = [images(1, 4)[0], 2 * images(1, 3)[0], 0.5 * images(1, 2)[0]]
+    handles = [
+        getattr(residual, name).register_forward_pre_hook(lambda _, args, name=name: taken[name].append(args[0]))
+        for name in taken
+    ]
+    with torch.no_grad():
+        for batch in seen:
+            residual(batch)
+    for handle in handles:
+        handle.remove()
+    twin = quantize(residual, seen, outputs=outputs, forward=run)
+    assert sizes == [4] * outputs + [4, 3, 2]
+    for name, layer in quantized_layers(twin).items():
+        low, high = (torch.cat([x.flatten() for x in taken[name]]).numpy() for _ in range(2))
+        scale, _ = reference.parameters(low.min(), high.max(), 8, "asymmetric")
+        assert layer.quantizers.input.quantizer.scale.item() == pytest.approx(float(scale), rel=1e-5)
+
+
 def test_fewer_bits_err_more(residual: Residual) -> None:
     x = images(8, 16)
     with torch.no_grad():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_prune.granularities import NM, Block, Filter, Granularity, Unstructured
-from lightning_prune.latency import LatencyEstimator
+from lightning_prune.latency import DeviceProfile, LatencyEstimator
 from lightning_prune.layers import LayerTable, layer_table
 from lightning_prune.plan import PlanEntry
 from lightning_prune.search.layer_space import layer_rows, layer_space
@@ -140,3 +142,27 @@ def test_bad_values() -> None:
         Energy(joules_per_mac=-1)
     with pytest.raises(ValueError, match="joules_per_byte=inf"):
         Energy(joules_per_byte=math.inf)
+
+
+def test_energies_are_those_of_the_device_profile_unless_others_are_given(tmp_path: Path) -> None:
+    table = two_layers()
+    silent = hand_made()
+    silent.save(tmp_path / "silent.json")
+    assert DeviceProfile.load(tmp_path / "silent.json").joules_per_mac is None
+    replace(silent, joules_per_mac=2.0, joules_per_byte=3.0).save(tmp_path / "known.json")
+    known = DeviceProfile.load(tmp_path / "known.json")
+
+    def joules(objective: Energy, profile: DeviceProfile) -> float:
+        costs = objective.costs(table, rows(table), LatencyEstimator(table, profile))
+        assert costs.total(np.array([[2, 3]])) == costs.tables[0].costs[[0, 1], [2, 3]].sum() + costs.tables[0].fixed
+        return float(costs.total(np.array([[2, 3]]))[0])
+
+    moved = 225 + 42 + 4 * 3 * (10 + 20 + 20 + 4)
+    assert joules(Energy(), known) == 2.0 * 3 * 58 + 3.0 * moved
+    assert joules(Energy(joules_per_mac=5.0), known) == 5.0 * 3 * 58 + 3.0 * moved
+    assert joules(Energy(joules_per_byte=0.0), known) == 2.0 * 3 * 58
+    default = 4.6e-12 * 3 * 58 + 1.6e-10 * moved
+    assert joules(Energy(), silent) == total(Energy(), table, 2, 3) == pytest.approx(default)
+    for wrong in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"joules_per_byte={wrong}"):
+            replace(silent, joules_per_byte=wrong)

@@ -254,6 +254,65 @@ def test_every_pass_of_the_whole_network_is_an_evaluation(dense: nn.Sequential) 
     assert result.accuracy == Accuracy(seed=2)(result.model)
 
 
+class Spoiled:
+    """Accuracy on all data that is far lower for the networks that it meets first; the dense one comes before them."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.calls = count, 0
+
+    def __call__(self, network: nn.Module) -> float:
+        self.calls += 1
+        value = Accuracy()(network)
+        return value - 0.5 if 1 < self.calls <= 1 + self.count else value
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_the_next_plan_is_tried_where_confirmation_fails(dense: nn.Sequential, failing: int) -> None:
+    trials: list[Any] = []
+    confirm = Spoiled(failing)
+    result = search(
+        dense, Accuracy(), confirm=confirm, max_drop=0.1, on_trial=lambda study, trial: trials.append(trial)
+    )
+    enough = [t for t in trials if t.user_attrs.get("evaluated") and t.user_attrs["drop"] <= 0.1]
+    by_cost = sorted(enough, key=lambda t: t.user_attrs["cost"])
+    assert len(by_cost) > 2
+    said = result.details["confirmations"]
+    assert [each["trial"] for each in said] == [t.number for t in by_cost[: failing + 1]]
+    assert [each["drop"] <= 0.1 for each in said] == [False] * failing + [True]
+    assert result.feasible
+    assert result.cost == by_cost[failing].user_attrs["cost"]
+    assert result.plan == SparsityPlan(by_cost[failing].user_attrs["plan"])
+    assert result.accuracy == said[-1]["accuracy"] == by_cost[failing].user_attrs["accuracy"]
+    assert result.search_accuracy == said[-1]["search_accuracy"]
+    assert confirm.calls == 2 + failing
+    assert result.evaluations == 1 + sum(bool(t.user_attrs.get("evaluated")) for t in trials) + confirm.calls
+
+
+def test_where_no_plan_is_confirmed_the_nearest_of_them_is_carried(dense: nn.Sequential) -> None:
+    calls: list[float] = []
+
+    def confirm(network: nn.Module) -> float:
+        calls.append({0: 0.9, 1: 0.3, 2: 0.5}.get(len(calls), 0.2))
+        return calls[-1]
+
+    recoveries: list[SparsityPlan] = []
+
+    def recover(network: nn.Module, plan: SparsityPlan) -> nn.Module:
+        recoveries.append(plan)
+        return network
+
+    result = search(dense, Accuracy(), confirm=confirm, max_drop=0.1, confirmations=2)
+    assert not result.feasible
+    assert (result.dense_accuracy, result.accuracy) == (0.9, 0.5)
+    assert len(calls) == 3
+    first, second = result.details["confirmations"]
+    assert (first["drop"], second["drop"]) == pytest.approx((0.6, 0.4))
+    assert result.cost == second["cost"] > first["cost"]
+    calls.clear()
+    once = search(dense, Accuracy(), confirm=confirm, recover=recover, max_drop=0.1, confirmations=1)
+    assert (once.feasible, len(once.details["confirmations"]), len(recoveries)) == (False, 1, 1)
+
+
 def test_recovery_counts_where_it_helps(dense: nn.Sequential) -> None:
     before = search(dense, Accuracy(), max_drop=0.4)
     after = search(dense, Accuracy(), recover=fine_tuned, max_drop=0.4)
@@ -423,6 +482,8 @@ class TestStudies:
         ({"repair": "none"}, "repair is 'layerwise' or 'sequential', got 'none'"),
         ({"n_trials": 1}, "the dense network is the first evaluation, so n_trials is at least 2, got 1"),
         ({"n_trials": 2.5}, "n_trials is at least 2, got 2.5"),
+        ({"confirmations": 0}, "confirmations is how many plans may be confirmed, at least 1, got 0"),
+        ({"confirmations": True}, "confirmations is how many plans may be confirmed, .*got True"),
         ({"timeout": -1.0}, "timeout is in seconds, at least 0, .*got -1.0"),
         ({"objective": "speed"}, r"objective is one of \['bytes', .*got 'speed'"),
         ({"scheme": "blocks"}, r"scheme is one of \['block', .*got 'blocks'"),

@@ -292,6 +292,48 @@ def test_a_real_ctrl_c_waits_for_the_storage_but_not_for_the_accuracy() -> None:
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_storage_that_fails_later_says_so_and_keeps_what_it_has(tmp_path: Path) -> None:
+    """As when its disk is full, or its server gone."""
+    opened = open_storage(tmp_path / "study.db")
+    assert isinstance(opened, optuna.storages.RDBStorage)
+
+    def refuse(number: int, candidate: Candidate) -> None:
+        if number == 3:
+            with opened.engine.begin() as connection:
+                connection.exec_driver_sql("ALTER TABLE trial_user_attributes RENAME TO elsewhere")
+
+    with pytest.raises(ConnectionError, match=r"failed during the search: .*; see to its .*finished trials are kept"):
+        search(accuracy=Network(SPACE, before=refuse), storage=opened, study_name="mine")
+    with opened.engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE elsewhere RENAME TO trial_user_attributes")
+    # The process lives, so that this trial would be waited for.
+    optuna.load_study(storage=opened, study_name="mine").tell(2, state=TrialState.FAIL)
+    network = Network(SPACE)
+    rest = search(accuracy=network, storage=opened, study_name="mine")
+    assert rest.evaluations == 12
+    assert len(network.asked) == 12 - 1 - 2
+    release(opened)
+
+
+@pytest.mark.parametrize("storage", [None, "study.db"])
+def test_a_worker_that_was_taken_for_dead_goes_on(tmp_path: Path, storage: str | None) -> None:
+    """Its heartbeat was missed while it evaluated; the plan may be evaluated again, by whoever is next."""
+    opened = open_storage(tmp_path / storage if storage else None)
+
+    def buried(number: int, candidate: Candidate) -> None:
+        if number == 3:
+            study = optuna.load_study(storage=opened, study_name="mine")
+            (running,) = (t for t in study.get_trials(deepcopy=False) if t.state == TrialState.RUNNING)
+            opened.set_trial_state_values(running._trial_id, TrialState.FAIL)
+
+    network = Network(SPACE, before=buried)
+    outcome = search(accuracy=network, storage=opened, study_name="mine", n_trials=8)
+    assert outcome.evaluations == 8
+    assert len(network.asked) == 8
+    assert [t.state for t in outcome.study.trials].count(TrialState.FAIL) == 1
+    release(opened)
+
+
 def test_timeout() -> None:
     slow = Network(SPACE, before=lambda number, candidate: time.sleep(0.05))
     outcome = search(accuracy=slow, sampler=random_sampler(), max_drop=1e-6, n_trials=1000, timeout=0.3)
