@@ -21,7 +21,9 @@ _LAYERS = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-def fold_batch_norm(model: nn.Module, example_inputs: Any) -> list[str]:
+def fold_batch_norm(
+    model: nn.Module, example_inputs: Any, during: contextlib.AbstractContextManager[Any] | None = None
+) -> list[str]:
     """Fold, in place, every BatchNorm in eval mode into the layer that alone feeds it.
 
     With `y = gamma (W x + b - mean) / sqrt(var + eps) + beta`, row `o` of the weight is scaled by
@@ -31,6 +33,7 @@ def fold_batch_norm(model: nn.Module, example_inputs: Any) -> list[str]:
         model: in eval mode. Tied and shared layers, layers whose output is read twice, and layers or BatchNorms with
             hooks, parametrizations or a forward of their own stay as they are.
         example_inputs: as for `layer_table`.
+        during: is entered around the pass that is made, for who wants to listen to the layers in it.
 
     Returns:
         The names of the folded BatchNorms.
@@ -39,7 +42,7 @@ def fold_batch_norm(model: nn.Module, example_inputs: Any) -> list[str]:
     >>> fold_batch_norm(model, torch.zeros(1, 1, 8, 8)), type(model[1]).__name__
     (['1'], 'Identity')
     """
-    pairs = _pairs(model, example_inputs)
+    pairs = _pairs(model, example_inputs, during or contextlib.nullcontext())
     names = {module: name for name, module in model.named_modules()}
     for norm, layer in pairs.items():
         _fold(layer, norm)
@@ -79,7 +82,9 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _pairs(model: nn.Module, example_inputs: Any) -> dict[_BatchNorm, nn.Module]:
+def _pairs(
+    model: nn.Module, example_inputs: Any, during: contextlib.AbstractContextManager[Any]
+) -> dict[_BatchNorm, nn.Module]:
     """The BatchNorms to fold, in execution order, and the layers that take them in."""
     reads = Reads()
     made: dict[int, list[nn.Module]] = {}
@@ -104,7 +109,7 @@ def _pairs(model: nn.Module, example_inputs: Any) -> dict[_BatchNorm, nn.Module]
             handles.append(module.register_forward_hook(on_layer))
         elif type(module) in _NORMS and module.running_mean is not None and not module.training:
             handles.append(module.register_forward_hook(on_norm, with_kwargs=True))
-    with removed(handles):
+    with removed(handles), during:  # its hooks come after it was looked whether there are any
         reads.note(observe(model, example_inputs, reads))
     pairs = {}
     for norm, inputs in met.items():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -16,26 +16,19 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_prune.files import write_file
 from lightning_prune.folding import replace_module
+from lightning_prune.kernel_choice import Candidate, Choice
 from lightning_prune.kernel_report import KernelReport, LayerReport
 from lightning_prune.kernels import (
     ALL_KERNELS,
     KERNELS,
-    LAYOUTS,
     NCHW,
     NHWC,
-    Dense,
     LayerKernel,
     Steps,
-    measured_occupancy,
 )
-from lightning_prune.latency.context import TimedLayer, timed_passes
-from lightning_prune.latency.estimator import MARGIN, LatencyEstimator
-from lightning_prune.latency.fitted import FittedCost
 from lightning_prune.latency.machine import Machine
-from lightning_prune.latency.passes import replaced
 from lightning_prune.latency.profile import DeviceProfile
-from lightning_prune.latency.race import race
-from lightning_prune.latency.timing import keep_freed_memory, synchroniser
+from lightning_prune.latency.timing import keep_freed_memory
 from lightning_prune.layers import LayerTable
 from lightning_prune.preparation import Prepared, cloned, inference_copy, inputs_in_layout, placement, unwrapped
 from lightning_prune.silence import Border
@@ -44,9 +37,6 @@ from lightning_prune.tracing import call
 __all__ = ["AcceleratedModel", "accelerate"]
 
 _SCHEMA = "lightning-prune/accelerated/1"
-
-_NEAR = 1.15
-"""Kernels estimated to take at most this much longer than the best are timed beside it."""
 
 _ROUNDED = 0.03
 """By how much outputs may differ in integers: inputs in the middle between two steps are rounded either way."""
@@ -213,7 +203,7 @@ def accelerate(
     inputs = cloned(prepared.inputs)  # a forward that works in place changes the others
     with torch.inference_mode():
         meant = call(original, cloned(inputs))
-    choice = _Choice(prepared, kernels, profile, rounds)
+    choice = Choice(prepared, kernels, profile, rounds)
     best = choice.fastest()
     found = best.run(cloned(inputs))
     integer = {name for name, kernel in best.kernels.items() if not kernel.exact}
@@ -232,8 +222,8 @@ def accelerate(
         )
         original = inference_copy(model)
         prepared = Prepared(original, prepared.inputs, prepared.table, {}, {}, (), {})
-        best = _Candidate(original, NCHW, {}, choice.dense_s)
-        choice, error = _Choice(prepared, kernels, None, rounds), 0.0
+        best = Candidate(original, NCHW, {}, choice.dense_s)
+        choice, error = Choice(prepared, kernels, None, rounds), 0.0
     elif expected is not meant:
         error = _difference(meant, found)
     return AcceleratedModel(best.network, best.layout, choice.report(best, error), prepared, best.kernels)
@@ -252,179 +242,6 @@ def assembled(
     """
     prepared = Prepared.of(model, example_inputs)
     return AcceleratedModel(prepared.network(layout, kernels), layout, None, prepared, kernels)
-
-
-@dataclass
-class _Candidate:
-    """A whole network with its kernels."""
-
-    network: nn.Module
-    layout: str
-    kernels: Mapping[str, LayerKernel]
-    seconds: float = math.nan
-
-    def run(self, inputs: Any) -> Any:
-        with torch.inference_mode():
-            return call(self.network, inputs_in_layout(inputs, self.layout))
-
-
-class _Choice:
-    """Finds the fastest kernels for a prepared network."""
-
-    def __init__(
-        self, prepared: Prepared, kernels: Sequence[LayerKernel], profile: DeviceProfile | None, rounds: int
-    ) -> None:
-        self.prepared, self.kernels, self.profile, self.rounds = prepared, kernels, profile, rounds
-        self.inputs, self.layers, self.works = prepared.inputs, prepared.layers, prepared.works
-        self.device, self.dtype = placement(prepared.model)
-        self.estimator = None if profile is None else LatencyEstimator(prepared.table, profile)
-        self.dense_s = math.nan
-
-    def fastest(self) -> _Candidate:
-        """The fastest of the dense networks and the best sparse one of each layout, all executed."""
-        candidates = {f"dense-{layout}": self.dense(layout) for layout in self._layouts()}
-        for layout in self._layouts():
-            chosen = self._chosen(layout)
-            if not _plain(chosen):
-                candidates[f"sparse-{layout}"] = self._assembled(layout, chosen)
-        handicaps = {name: MARGIN for name, candidate in candidates.items() if _plain(candidate.kernels)}
-        found = race({name: self._runner(candidate) for name, candidate in candidates.items()}, handicaps)
-        for name, seconds in found.best_s.items():
-            candidates[name].seconds = seconds
-        self.dense_s = min(c.seconds for name, c in candidates.items() if name.startswith("dense"))
-        return candidates[found.winner]
-
-    def _runner(self, candidate: _Candidate) -> Callable[[], None]:
-        inputs, synchronise = inputs_in_layout(self.inputs, NCHW), synchroniser(self.device)
-
-        def run() -> None:
-            candidate.run(inputs)
-            synchronise()
-
-        return run
-
-    def dense(self, layout: str) -> _Candidate:
-        """The network without sparse kernels."""
-        return self._assembled(layout, {name: self._dense_kernel(name, layout) for name in self.layers})
-
-    def report(self, best: _Candidate, error: float) -> KernelReport:
-        """What was chosen, with the times of each layer in passes of the chosen and of the dense network."""
-        dense = self.dense(best.layout)
-        chosen_s, dense_s = self._in_context(best), self._in_context(dense)
-        pays = self.estimator.break_even() if self.estimator is not None else None
-        rows = []
-        estimated = math.nan
-        if self.estimator is not None and best.kernels:
-            estimated = 0.0
-        for name, layer in self.layers.items():
-            kernel = best.kernels.get(name)
-            seconds = math.nan if kernel is None else self._estimate(name, kernel, best.layout)
-            estimated += seconds
-            row = self.prepared.table.names.index(f"{name}.weight")
-            rows.append(
-                LayerReport(
-                    f"{name}.weight",
-                    float((layer.weight == 0).double().mean()),
-                    "dense" if kernel is None else kernel.name,
-                    seconds,
-                    chosen_s[name],
-                    dense_s[name],
-                    math.nan if pays is None else float(pays[row]),
-                )
-            )
-        if self.estimator is not None:
-            estimated = self.estimator.whole_s(estimated, best.layout)
-        return KernelReport(tuple(rows), best.layout, estimated, best.seconds, self.dense_s, error)
-
-    def _layouts(self) -> tuple[str, ...]:
-        images = any(work.kind == "conv2d" for calls in self.works.values() for work in calls)
-        return LAYOUTS if images else LAYOUTS[:1]
-
-    def _assembled(self, layout: str, chosen: Mapping[str, LayerKernel]) -> _Candidate:
-        return _Candidate(self.prepared.network(layout, chosen), layout, dict(chosen))
-
-    def _dense_kernel(self, name: str, layout: str) -> Dense:
-        return Dense(layout if isinstance(self.layers[name], nn.Conv2d) else NCHW)
-
-    def _usable(self, name: str, layout: str) -> list[LayerKernel]:
-        """Kernels that run a layer in a layout, the dense one first."""
-        dense = self._dense_kernel(name, layout)
-        others = [
-            kernel
-            for kernel in self.kernels
-            if (kernel.uses_sparsity if kernel.exact else name in self.prepared.steps)
-            and (kernel.layout == layout or isinstance(self.layers[name], nn.Linear))
-            and not any(kernel.refuses(work, self.dtype, self.device) for work in self.works[name])
-            and self.prepared.kernel_for(name, kernel).refuses_weight(self.layers[name].weight) is None
-        ]
-        return [dense, *others]
-
-    def _chosen(self, layout: str) -> dict[str, LayerKernel]:
-        """The fastest kernel of each layer: by the estimate, near-ties by time."""
-        rivals: dict[str, list[LayerKernel]] = {}
-        for name, layer in self.layers.items():
-            usable = self._usable(name, layout)
-            if not (layer.weight == 0).any():
-                usable = [kernel for kernel in usable if not kernel.uses_sparsity]
-            if self.profile is not None and len(usable) > 1:
-                estimates = {kernel: self._estimate(name, kernel, layout) for kernel in usable}
-                least = min(value for value in estimates.values() if not math.isnan(value))
-                usable = [kernel for kernel in usable if estimates[kernel] <= _NEAR * least]
-            rivals[name] = usable
-        contested = {name: kernels for name, kernels in rivals.items() if len(kernels) > 1}
-        chosen = {name: kernels[0] for name, kernels in rivals.items()}
-        if contested:
-            times = self._contest(layout, chosen, contested)
-            for name, kernels in contested.items():
-                dense_first = [
-                    seconds * (MARGIN if isinstance(kernel, Dense) else 1.0)
-                    for kernel, seconds in zip(kernels, times[name], strict=True)
-                ]
-                chosen[name] = kernels[dense_first.index(min(dense_first))]
-        return chosen
-
-    def _contest(
-        self, layout: str, chosen: Mapping[str, LayerKernel], contested: Mapping[str, Sequence[LayerKernel]]
-    ) -> dict[str, list[float]]:
-        """Least seconds of rival kernels, timed in passes in which the other layers vary too."""
-        candidate = self._assembled(layout, chosen)
-        timed = {
-            name: TimedLayer([self.prepared.built(name, kernel) for kernel in kernels], self.device)
-            for name, kernels in contested.items()
-        }
-        with replaced(candidate.network, timed):
-            for _ in timed_passes(list(timed.values()), lambda: candidate.run(self.inputs), self.rounds):
-                pass
-        return {name: [sum(min(times) for times in calls) for calls in layer.seconds] for name, layer in timed.items()}
-
-    def _in_context(self, candidate: _Candidate) -> dict[str, float]:
-        """Least seconds of each layer in passes of a network."""
-        if not self.layers:
-            return {}
-        timed = {name: TimedLayer([candidate.network.get_submodule(name)], self.device) for name in self.layers}
-        with replaced(candidate.network, timed):
-            for _ in timed_passes(list(timed.values()), lambda: candidate.run(self.inputs), self.rounds):
-                pass
-        return {name: sum(min(times) for times in layer.seconds[0]) for name, layer in timed.items()}
-
-    def _estimate(self, name: str, kernel: LayerKernel, layout: str) -> float:
-        """Seconds of a layer as it is; NaN if the profile does not know the kernel."""
-        cost = self.profile.costs.get(kernel.name) if self.profile is not None else None
-        if self.profile is None or not isinstance(cost, FittedCost):
-            return math.nan
-        if any(self.profile.refuses(cost, work) for work in self.works[name]):
-            return math.nan
-        left = measured_occupancy(self.layers[name].weight)
-        source = self.estimator.source if self.estimator is not None else None
-        seconds = torch.stack([cost.seconds(work, left, source) for work in self.works[name]]).sum()
-        if self.estimator is not None and self.prepared.rectifies(name, kernel):
-            seconds = self.estimator.rectified(seconds, f"{name}.weight", cost, layout)
-        return float(seconds)
-
-
-def _plain(kernels: Mapping[str, LayerKernel]) -> bool:
-    """Whether all layers run dense and in floating point."""
-    return all(isinstance(kernel, Dense) for kernel in kernels.values())
 
 
 def _difference(expected: Any, given: Any) -> float:

@@ -202,6 +202,10 @@ class Pruning(Windowed[Pruner]):
         """What must not change when a training is resumed, beyond what the pruner itself compares."""
         return {"schedule": str(self.schedule), "rewind": str(self.rewind)}
 
+    def _place(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._rewind_position = 0  # of a trial run
+        super()._place(trainer, pl_module)
+
     def _placed(self, found: Window, length: Length) -> Window:
         starts_pruned = self.schedule(0.0) > 0 or any(self.initial.values())
         if self.criterion.uses_gradient and found.begin == 0 and starts_pruned:

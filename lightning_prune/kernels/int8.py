@@ -23,10 +23,11 @@ NARROW = 63
 
 _PACKING = threading.Lock()
 
-hear(
-    r"torch.quantize_per_tensor, torch.quantize_per_channel and other",
-    lambda: torch.quantize_per_tensor(torch.zeros(1, device="cpu"), 1.0, 0, torch.quint8),
-)
+if hasattr(torch, "quantize_per_tensor"):  # which is to go; kernels are refused without it
+    hear(
+        r"torch.quantize_per_tensor, torch.quantize_per_channel and other",
+        lambda: torch.quantize_per_tensor(torch.zeros(1, device="cpu"), 1.0, 0, torch.quint8),
+    )
 
 
 def input_steps(x: Tensor) -> tuple[float, int]:
@@ -300,6 +301,7 @@ def unavailable() -> str | None:
         return f"this PyTorch has no oneDNN; {advice}"
     try:
         _linear(), _linear_relu(), torch.ops.onednn.qconv2d_pointwise, torch.ops.onednn.qconv_prepack
+        getattr(torch, "quantize_per_tensor"), getattr(torch, "_make_per_channel_quantized_tensor")  # noqa: B009
     except AttributeError as error:
         return f"this PyTorch lacks an operator ({error}); {advice}"
     return None

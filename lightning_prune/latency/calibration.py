@@ -72,6 +72,7 @@ def calibrate(
     Warns:
         NoisyMachineWarning: the process did not have its core to itself; the profile says so as well.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Linear(64, 32))
     >>> profile = calibrate(model, torch.ones(4, 64), rounds=3, spread=0, progress=False)
     >>> profile.machine.kind, sorted(profile.costs)[:3]

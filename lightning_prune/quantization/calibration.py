@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_map_only
 
 from lightning_prune.quantization.quantizers import LayerQuantizers, layer_quantizers
@@ -81,22 +80,6 @@ def watched(watches: Mapping[str, Watch]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-@contextlib.contextmanager
-def overheard(watches: Mapping[str, Watch]) -> Iterator[None]:
-    """As `watched`, without hooks on the layers themselves, for a layer that has one is not folded."""
-    of = {watch.layer: watch for watch in watches.values()}
-
-    def hear(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if module in of:
-            of[module](module, args, kwargs, output)
-
-    handle = register_module_forward_hook(hear, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def batches(calibration: Iterable[Any], model: nn.Module) -> Iterator[tuple[Any]]:

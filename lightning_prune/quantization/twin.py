@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +19,6 @@ from lightning_prune.quantization.calibration import (
     batches,
     generators_kept,
     on_first,
-    overheard,
     plain_arithmetic,
     watched,
 )
@@ -138,6 +136,7 @@ def quantize(
     Warns:
         UserWarning: linear or convolution layers stay in floating point though nobody asked for it.
 
+    >>> import torch
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
     >>> x = torch.randn(32, 8)
@@ -189,8 +188,7 @@ def quantized_twin(
         ran: dict[str, None] = {}  # in the order in which they first did
         watches = {name: Watch(name, layer, settings, ran) for name, layer in candidates.items()}
         # Folding runs the first batch anyway, and changes what layers give, but not what they take in.
-        with contextlib.nullcontext() if settings.outputs else overheard(watches):
-            fold_batch_norm(root, first)
+        fold_batch_norm(root, first, None if settings.outputs else watched(watches))
         with watched(watches):
             for batch in itertools.chain([first], seen) if settings.outputs else seen:
                 call(root, batch)

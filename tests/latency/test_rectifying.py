@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_prune import DeviceProfile, LatencyEstimator
+from lightning_prune.kernel_choice import Choice
 from lightning_prune.kernels import Dense, Occupancy, Workload, measured_occupancy
 from lightning_prune.latency.fitted import FamilyFit, FittedCost
 from lightning_prune.latency.profile import digest
 from lightning_prune.latency.rectifying import rectifier_seconds
 from lightning_prune.preparation import Prepared
-from lightning_prune.runtime import _Choice
 from tests.latency.profiles import FAMILIES, MACHINE, Counted, hand_made, mlp, record
 
 
@@ -132,7 +132,7 @@ def test_layers_of_accelerated_networks_too() -> None:
         "rectifying": FittedCost(kernel, {"linear": FamilyFit({"calls": 1e-5}, None)}, []),
     }
     networks[source] = replace(networks[source], rectifiers_s={"nchw": dict.fromkeys(table.names, 4e-6)})
-    choice = _Choice(Prepared.of(model, example), (kernel,), DeviceProfile(MACHINE, costs, (), networks), 1)
+    choice = Choice(Prepared.of(model, example), (kernel,), DeviceProfile(MACHINE, costs, (), networks), 1)
     found = {name: choice._estimate(name, kernel, "nchw") for name in ("0", "2", "4")}
     assert found == pytest.approx({"0": 6e-6, "2": 6e-6, "4": 1e-5})  # behind the last one there is none
     assert choice._estimate("0", Dense(), "nchw") == pytest.approx(2e-6 + 5e-11 * 4 * 64 * 96)
