@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def rounded(weight: Tensor, scales: Tensor) -> Tensor:
     return torch.round(scales.view(-1, *[1] * (weight.ndim - 1)) * weight.detach())
 
 
-class IntegerLayer(nn.Module):
+class IntegerLayer(nn.Module, ABC):
     """A linear layer or convolution whose products are of integers, added up in 32 bits; its results are float32.
 
     Args:
@@ -108,8 +109,9 @@ class IntegerLayer(nn.Module):
         packed, fixed = self._ready
         return packed, *(fixed or input_steps(x))
 
+    @abstractmethod
     def _packed(self) -> Any:
-        raise NotImplementedError
+        """The weights as the library wants them."""
 
     def _finished(self, y: Tensor) -> Tensor:
         return mark_rectified(y) if self.relu else y
