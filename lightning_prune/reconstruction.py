@@ -225,13 +225,8 @@ def reconstruct(
     repairs = _Repairs(masks, tensors, refit_bias, damping)
     if layers:
         picked = chosen(model, layers, max_positions)
-        if sequential:
-            outputs = DenseOutputs() if remember is None else remember
-            steps = _sequentially(
-                model, picked, batches, repairs, max_positions, max_bytes, dtype, seed, outputs, remember is not None
-            )
-        else:
-            steps = _independently(model, picked, batches, repairs, max_positions, max_bytes, dtype, seed)
+        given = (model, picked, batches, repairs, max_positions, max_bytes, dtype, seed)
+        steps = _sequentially(*given, remember) if sequential else _independently(*given)
         for count, name in enumerate(steps, 1):
             if progress is not None:
                 progress(count, len(layers), name)
@@ -311,9 +306,9 @@ def _sequentially(
     max_bytes: int,
     dtype: torch.dtype,
     seed: int,
-    dense: DenseOutputs,
-    keep: bool,
+    remember: DenseOutputs | None,
 ) -> Iterator[str]:
+    dense, keep = remember or DenseOutputs(), remember is not None
     for layer in layers:
         require_room(layer, dtype, max_bytes)
     require_repeatable(batches, "several passes")

@@ -26,7 +26,7 @@ from lightning_prune import SparsityPlan
 from lightning_prune.cli import main
 from lightning_prune.commands import search as command
 from lightning_prune.commands.evaluation import Validation
-from lightning_prune.commands.recovery import RECOVERIES
+from lightning_prune.commands.recovery import RECOVERIES, Recovery
 from lightning_prune.commands.validation import validated
 from lightning_prune.kernels import ALL_KERNELS, KERNELS, Workload
 from lightning_prune.kernels.int8 import unavailable
@@ -238,6 +238,20 @@ def test_every_recovery_keeps_the_plan_and_makes_nothing_worse(recovery: str) ->
     if recovery != "none":
         assert result.details["recovery"]["kind"] == recovery
         assert 0 <= result.details["recovery"]["best_epoch"] < 3
+
+
+def test_another_attempt_to_recover_overwrites_nothing() -> None:
+    recover = Recovery(
+        trainer(), Wide(), TinyData(), kind="one_shot", epochs=1, metric="val_acc", mode="max", folder=Path("out")
+    )
+    name = next(name for name, _ in Wide().named_parameters() if name.endswith("weight"))
+    for sparsity in (0.5, 0.75):
+        recover(Wide(), SparsityPlan({name: sparsity}))
+    assert [each["folder"] for each in recover.attempts] == ["recovery", "recovery_2"]
+    for more, sparsity in (("", 0.5), ("_2", 0.75)):
+        weight = torch.load(Path("out", f"recovered{more}", "best.ckpt"), weights_only=True)["state_dict"][name]
+        assert int((weight == 0).sum()) == sparsity * weight.numel()
+        assert any(Path("out", f"recovery{more}").iterdir())
 
 
 @pytest.mark.parametrize("scheme", ["block", "nm", "filter", "mixed"])

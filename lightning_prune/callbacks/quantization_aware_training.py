@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from lightning_prune.callbacks import _training
@@ -137,11 +136,7 @@ class QuantizationAwareTraining(Callback):
         self._restored, self._max_epochs = {}, trainer.max_epochs
         if stage != "fit":
             return
-        if isinstance(trainer.strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-            raise ValueError(
-                f"QuantizationAwareTraining needs whole weights, {type(trainer.strategy).__name__} shards them; train "
-                "on one device or with strategy='ddp'"
-            )
+        _training.refuse_shards(trainer, self)
         if sum(isinstance(each, QuantizationAwareTraining) for each in _training.callbacks(trainer)) > 1:
             raise ValueError(
                 "two QuantizationAwareTraining callbacks would quantise layers twice; one takes widths by layer, for "

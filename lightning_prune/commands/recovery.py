@@ -67,8 +67,9 @@ class Recovery:
     ) -> None:
         self.trainer, self.model, self.datamodule = trainer, model, datamodule
         self.kind, self.epochs, self.metric, self.mode, self.folder = kind, epochs, metric, mode, folder
-        self.details: dict[str, Any] = {"kind": kind, "epochs": epochs}
-        """What is known afterwards: of the best epoch its number, counted from 0, and its metric."""
+        self.attempts: list[dict[str, Any]] = []
+        """What is known of each call: the folder of its TensorBoard files, the number of its best epoch, counted from
+        0, and the metric of that."""
 
     def __call__(self, repaired: nn.Module, plan: SparsityPlan) -> nn.Module:
         """The network of the best epoch.
@@ -76,8 +77,10 @@ class Recovery:
         Raises:
             KeyboardInterrupt: as everywhere; Lightning would end the process.
         """
+        more = f"_{len(self.attempts) + 1}" if self.attempts else ""  # nothing of an earlier attempt is overwritten
+        details: dict[str, Any] = {"kind": self.kind, "epochs": self.epochs, "folder": f"recovery{more}"}
         best = ModelCheckpoint(
-            self.folder / "recovered",
+            self.folder / f"recovered{more}",
             "best",
             monitor=f"{self.metric}_at_target",
             mode=self.mode,
@@ -88,7 +91,7 @@ class Recovery:
             [RECOVERIES[self.kind](plan), best],
             max_epochs=self.epochs,
             limit_val_batches=self.trainer.limit_val_batches,
-            logger=TensorBoardLogger(self.folder, name="recovery", version=""),
+            logger=TensorBoardLogger(self.folder, name=details["folder"], version=""),
             enable_progress_bar=self.trainer.progress_bar_callback is not None,
             log_every_n_steps=self.trainer.log_every_n_steps,  # type: ignore[attr-defined]
         )
@@ -100,7 +103,8 @@ class Recovery:
             # Our own file of a moment ago, in which a user's hyperparameters may be of any class.
             checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=False)
             model.load_state_dict(checkpoint["state_dict"])
-            self.details |= {"best_epoch": int(checkpoint["epoch"]), "best_metric": float(best.best_model_score)}  # type: ignore[arg-type]
+            details |= {"best_epoch": int(checkpoint["epoch"]), "best_metric": float(best.best_model_score)}  # type: ignore[arg-type]
+        self.attempts.append(details)
         return inference_copy(_detached(model)).to(self.trainer.strategy.root_device)
 
 

@@ -152,8 +152,8 @@ def run(
                 progress=progress,
             )
         details = {**result.details, "dense_checkpoint": str(ckpt_path), "dense_epoch": _epoch(ckpt_path)}
-        if recover is not None:
-            details["recovery"] = recover.details
+        if recover is not None and recover.attempts:
+            details["recovery"] = recover.attempts[result.details["attempt"]]
         result = replace(result, details=details)
         _write(trainer, result, folder)
         events.finish(result)
@@ -264,7 +264,7 @@ def _known(path: Path, network: nn.Module) -> DeviceProfile:
 
 
 def _write(trainer: Trainer, result: SearchResult, folder: Path) -> None:
-    if math.isfinite(result.max_drop):  # of a front, nobody has chosen a plan yet
+    if not result.is_front:  # of a front, nobody has chosen a plan yet
         result.plan.save(folder / "plan.yaml")
         write_recipe(trainer, result, folder / "recipe.yaml")
     result.save(folder / "search_result.json")  # last: where it stands, the others do
@@ -277,7 +277,7 @@ def _report(folder: Path, study: Study, result: SearchResult) -> None:
 
 
 def _say_result(out: Console, result: SearchResult, folder: Path) -> None:
-    if not math.isfinite(result.max_drop):
+    if result.is_front:
         points = ", ".join(f"{point['cost']:.4g} {result.unit} at {point['accuracy']:.4f}" for point in result.front)
         say(
             out,

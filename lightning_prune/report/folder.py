@@ -75,12 +75,14 @@ class RunFolder:
             if each.is_file()
         }
         command = re.search(r"^# command: (.+)$", files.get("recipe.yaml", ""), re.MULTILINE)
+        result = None if found[0] is None else SearchResult.load(found[0])
+        recovery = "recovery" if result is None else result.details.get("recovery", {}).get("folder", "recovery")
         return cls(
             folder,
-            None if found[0] is None else SearchResult.load(found[0]),
+            result,
             None if found[1] is None else load_trials(found[1]),
             events,
-            read_events(folder / "recovery"),
+            read_events(folder / recovery),
             None if sensitivity is None else Sensitivity.load(sensitivity),
             None if kernels is None else _kernels(kernels),
             None if command is None else command.group(1),

@@ -22,14 +22,14 @@ def add_search(page: Page, run: RunFolder) -> None:
     if result is None:
         page.verdict("The search has no result yet: it is running, or was interrupted. These are its trials.", None)
     else:
-        page.verdict(verdict(result), result.feasible if math.isfinite(result.max_drop) else None)
+        page.verdict(verdict(result), None if result.is_front else result.feasible)
         page.section("Result")
-        if math.isfinite(result.max_drop):
+        if not result.is_front:
             page.table("What was found", ["", "dense", "found", "change"], _numbers(result))
         page.table("The search", [], _about(result))
     if history is not None:
         _add_trials(page, history, result)
-    if result is not None and not math.isfinite(result.max_drop):
+    if result is not None and result.is_front:
         _add_front(page, result)
     elif result is not None:
         _add_winner(page, result)
@@ -40,7 +40,7 @@ def add_search(page: Page, run: RunFolder) -> None:
 
 def verdict(result: SearchResult) -> str:
     """Whether the search succeeded, in words."""
-    if not math.isfinite(result.max_drop):
+    if result.is_front:
         return (
             f"A front of {len(result.front)} plans: none is both more accurate and has less {result.objective} than "
             "another. Nobody has chosen one of them: they are estimates, not recovered and not executed."
@@ -105,7 +105,7 @@ def _numbers(result: SearchResult) -> list[list[str]]:
 def _about(result: SearchResult) -> list[list[str]]:
     against = [["drop against threshold", f"{number(result.drop)} of at most {result.max_drop:g}"]]
     rows = [
-        *(against if math.isfinite(result.max_drop) else []),
+        *(against if not result.is_front else []),
         ["evaluations, the dense network's included", f"{result.evaluations}"],
         ["share of the planned weights removed", number(result.sparsity)],
     ]

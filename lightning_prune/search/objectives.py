@@ -213,7 +213,7 @@ class Energy(_Additive):
             profile.joules_per_mac if self.joules_per_mac is None else self.joules_per_mac,
             profile.joules_per_byte if self.joules_per_byte is None else self.joules_per_byte,
         )
-        return _Additive.costs(known, table, entries, None)
+        return known.costs(table, entries, None)
 
     def layer(self, spec: LayerSpec, sparsity: float) -> float:
         """Of the layer's multiplications and its weight's bytes."""

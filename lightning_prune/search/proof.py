@@ -196,10 +196,8 @@ def executed(
     details = {**result.details, "device": machine.device, "threads": machine.threads, "dtype": machine.dtype}
     if machine.kind == "analytic" or not (len(plan) or result.bits):  # there is nothing to prove
         return replace(result, details={**details, "layers": layer_details(network)})
-    if twin is None:
-        report = accelerate(network, example_inputs, estimator.profile).kernel_report()
-    else:
-        report = accelerate(twin, example_inputs, estimator.profile, kernels=ALL_KERNELS).kernel_report()
+    run = network if twin is None else twin
+    report = accelerate(run, example_inputs, estimator.profile, kernels=ALL_KERNELS).kernel_report()
     details |= {"layout": report.layout, "relative_error": report.relative_error}
     return replace(
         result,

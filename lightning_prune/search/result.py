@@ -38,8 +38,9 @@ def drop_of(value: float, dense: float, mode: str, max_drop: float | None) -> fl
     drop = dense - value if mode == "max" else value - dense
     if not math.isfinite(drop):
         return math.inf
-    near = max_drop is not None and abs(drop - max_drop) <= 2 * _FLOAT32 * max(abs(dense), abs(value))
-    return max_drop if near and max_drop is not None else drop
+    if max_drop is not None and abs(drop - max_drop) <= 2 * _FLOAT32 * max(abs(dense), abs(value)):
+        return max_drop
+    return drop
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,11 @@ class SearchResult:
     def drop(self) -> float:
         """By how much the accuracy fell; negative where it rose, infinite where it is no finite number."""
         return drop_of(self.accuracy, self.dense_accuracy, self.mode, self.max_drop)
+
+    @property
+    def is_front(self) -> bool:
+        """Whether the search was for a front: without a threshold, so that nothing was chosen."""
+        return math.isinf(self.max_drop)
 
     @property
     def front(self) -> Sequence[Mapping[str, Any]]:

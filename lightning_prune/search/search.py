@@ -316,7 +316,12 @@ def search_sparsity(
         evaluations=outcome.evaluations + final.calls,
         cost=float(proof.trial.user_attrs["cost"]),
         model=winner,
-        details={**result.details, "recovered": proof.recovered, "confirmations": proofs},
+        details={
+            **result.details,
+            "recovered": proof.recovered,
+            "confirmations": proofs,
+            "attempt": [each["trial"] for each in proofs].index(proof.trial.number),  # of them, the result's
+        },
     )
     with phases.phase("execution", "Running the winner with its kernels"):
         found = counted(result, table, winner)
