@@ -153,7 +153,8 @@ def run(
             )
         details = {**result.details, "dense_checkpoint": str(ckpt_path), "dense_epoch": _epoch(ckpt_path)}
         if recover is not None and recover.attempts:
-            details["recovery"] = recover.attempts[result.details["attempt"]]
+            tried = [each["trial"] for each in details["confirmations"]]
+            details["recovery"] = recover.attempts[tried.index(details["trial"])]
         result = replace(result, details=details)
         _write(trainer, result, folder)
         events.finish(result)

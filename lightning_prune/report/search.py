@@ -74,12 +74,17 @@ def _numbers(result: SearchResult) -> list[list[str]]:
 
     def pair(name: str, dense: float, found: float, factor: float) -> list[str]:
         ratio = dense / found if found and dense else math.nan
-        cells = [f"{factor * value:.4g}" if math.isfinite(value) else MISSING for value in (dense, found)]
+        cells = [
+            str(value) if isinstance(value, int) else f"{factor * value:.4g}" if math.isfinite(value) else MISSING
+            for value in (dense, found)
+        ]
         change = f"{ratio:.2f}x less" if ratio >= 1 else f"{1 / ratio:.2f}x more"
         return [name, *cells, change if math.isfinite(ratio) else MISSING]
 
     drop = (
-        MISSING if not math.isfinite(result.drop) else f"{-result.drop if result.mode == 'max' else result.drop:+.4f}"
+        MISSING
+        if not math.isfinite(result.drop)
+        else f"{(-result.drop if result.mode == 'max' else result.drop) + 0.0:+.4f}"  # no minus before 0
     )
     what = f"{result.metric}, quantised ({result.quantization})" if result.quantization else result.metric
     rows = [[what, number(result.dense_accuracy), number(result.accuracy), drop]]

@@ -320,7 +320,7 @@ def search_sparsity(
             **result.details,
             "recovered": proof.recovered,
             "confirmations": proofs,
-            "attempt": [each["trial"] for each in proofs].index(proof.trial.number),  # of them, the result's
+            "trial": proof.trial.number,
         },
     )
     with phases.phase("execution", "Running the winner with its kernels"):
