@@ -34,10 +34,11 @@ from lightning_prune.report import report
 from lightning_prune.search.events import SearchEvents
 from lightning_prune.search.history import save_trials
 from lightning_prune.search.objectives import objective_of
+from lightning_prune.search.phases import Phases
 from lightning_prune.search.quantized import quantization_of, require_quantizable
 from lightning_prune.search.result import SearchResult
 from lightning_prune.search.schemes import entries_of
-from lightning_prune.search.search import Phases, require_settings, search_sparsity
+from lightning_prune.search.search import require_settings, search_sparsity
 from lightning_prune.search.sensitivity import generators_kept, rows
 from lightning_prune.search.storages import open_storage, shown
 from lightning_prune.terminal import console, say

@@ -1,25 +1,20 @@
-"""From the plan that a search found to the network that is its result: recovered, confirmed and executed."""
+"""From the plans that a search found to the network that is its result: recovered, and confirmed on all data."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from lightning_prune import targets
-from lightning_prune.granularities import Unstructured
-from lightning_prune.kernels import ALL_KERNELS
-from lightning_prune.latency import LatencyEstimator
-from lightning_prune.layers import LayerTable
 from lightning_prune.plan import SparsityPlan
 from lightning_prune.preparation import inference_copy
-from lightning_prune.runtime import accelerate
-from lightning_prune.search.result import SearchResult, drop_of
-from lightning_prune.search.winner import layer_details
+from lightning_prune.search.candidates import Candidates
+from lightning_prune.search.phases import Phases
+from lightning_prune.search.result import drop_of
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -90,15 +85,22 @@ class Proof:
         trial: whose plan it is.
         network: repaired, and recovered where that helped.
         accuracy: of it, on all validation data.
-        drop: of that.
+        dense: the dense network's accuracy there.
+        drop: from that.
         recovered: whether recovery helped.
     """
 
     trial: FrozenTrial
     network: nn.Module
     accuracy: float
+    dense: float
     drop: float
     recovered: bool
+
+    @property
+    def choices(self) -> list[int]:
+        """Of the plan, one per layer."""
+        return list(self.trial.user_attrs["choices"])
 
     @property
     def said(self) -> dict[str, Any]:
@@ -115,97 +117,67 @@ class Proof:
         }
 
 
-def first_proven(
-    trials: Iterable[FrozenTrial], max_drop: float, prove: Callable[[FrozenTrial], Proof]
-) -> tuple[Proof, list[dict[str, Any]]]:
-    """The first plan that is confirmed to be accurate enough, else the one that comes nearest, and what each came to.
+@dataclass
+class Confirmation:
+    """Recovers plans of a study and measures them on all validation data, until one keeps the threshold.
 
     What the search saw may be luck, of few validation data or of many trials: then the next plan's turn comes.
 
     Args:
-        trials: the cheapest first, at least one.
+        candidates: makes their networks.
+        recover: see `search_sparsity`.
+        measure: the metric on all validation data.
+        metric: its name.
+        mode: "max" where higher is better, "min" where lower is.
         max_drop: the threshold.
-        prove: recovers and confirms a trial's plan.
+        phases: is told what happens.
+        dense: the dense network's metric, which is measured when it is needed if it is not known.
     """
-    nearest, said = None, []
-    for trial in trials:
-        found = prove(trial)
-        said.append(found.said)
-        if nearest is None or found.drop < nearest.drop:
-            nearest = found
-        if found.drop <= max_drop:
-            break
-    if nearest is None:
-        raise ValueError("there is no trial whose plan could be confirmed")
-    return nearest, said
+
+    candidates: Candidates
+    recover: Recover | None
+    measure: Counted
+    metric: str
+    mode: str
+    max_drop: float
+    phases: Phases
+    dense: float | None = None
+
+    def first(self, trials: Sequence[FrozenTrial]) -> tuple[Proof, list[dict[str, Any]]]:
+        """The first plan that is accurate enough, else the one that comes nearest, and what each came to.
+
+        Args:
+            trials: the cheapest first, at least one.
+        """
+        found: list[Proof] = []
+        for trial in trials:
+            again = f"next plan (trial {trial.number}): the drop was too large"
+            found.append(self._proof(trial, again if found else "winner"))
+            if found[-1].drop <= self.max_drop:
+                break
+        return min(found, key=lambda proof: proof.drop), [proof.said for proof in found]
+
+    def _proof(self, trial: FrozenTrial, which: str) -> Proof:
+        chosen = trial.user_attrs["choices"]
+        repaired, trained = inference_copy(self.candidates.repaired(chosen)), None
+        if self.recover is not None:
+            with self.phases.phase("recovery", f"Recovering the {which}"):
+                plan, removed = self.candidates.space.plan(chosen), self.candidates.library.removed(chosen)
+                trained = recovered(repaired, plan, removed, self.recover)
+        with self.phases.phase("confirmation", f"Confirming {self.metric} of the {which}"):
+            if self.dense is None:
+                self.dense = self.measure(inference_copy(self.candidates.dense))
+            network, value = better(
+                repaired, trained, lambda it: self.measure(self.candidates.deployed(it, chosen)), self.dense, self.mode
+            )
+        drop = drop_of(value, self.dense, self.mode, self.max_drop)
+        return Proof(trial, network, value, self.dense, drop, network is trained)
 
 
 def front_point(trial: FrozenTrial) -> dict[str, Any]:
     """What the result of a search for a front keeps of one of its trials."""
     said = trial.user_attrs
     return {"trial": trial.number, **{name: said[name] for name in ("cost", "accuracy", "drop", "plan")}}
-
-
-def counted(result: SearchResult, table: LayerTable, network: nn.Module) -> SearchResult:
-    """The result with what is left of the network: weights and multiply-accumulates."""
-    own = targets.parameters(network)
-    planned = [own[name] for name in result.plan]
-    total = sum(weight.numel() for weight in planned)
-    zeros = sum(int((weight == 0).sum()) for weight in planned)
-    return replace(
-        result,
-        sparsity=zeros / total if total else 0.0,
-        nonzeros=table.nonzeros(result.plan),
-        params=table.total_params,
-        macs=table.macs(result.plan),
-        dense_macs=table.total_macs,
-    )
-
-
-def executed(
-    result: SearchResult,
-    estimator: LatencyEstimator | None,
-    example_inputs: Any,
-    twin: nn.Module | None = None,
-    latency_s: float = math.nan,
-) -> SearchResult:
-    """The result with its latencies: estimated under the plan, and measured where the profile is of this machine.
-
-    Args:
-        result: with its model.
-        estimator: of the latency; without one there is nothing to add but the layers.
-        example_inputs: as for `accelerate`.
-        twin: of the model, quantised, which is executed in its place.
-        latency_s: estimate for the twin.
-    """
-    network, plan = result.model, result.plan
-    if network is None:
-        return result
-    if estimator is None:
-        return replace(result, details={**result.details, "layers": layer_details(network)})
-    shares = torch.tensor([plan.get(spec.name, 0.0) for spec in estimator.table], dtype=torch.float64)
-    patterns = [
-        (plan.granularity(spec.name) if spec.name in plan else None) or Unstructured() for spec in estimator.table
-    ]
-    result = replace(
-        result,
-        latency_s=float(estimator.latency_s(shares, patterns)) if twin is None else latency_s,
-        dense_latency_s=float(estimator.latency_s(torch.zeros_like(shares))),
-    )
-    machine = estimator.profile.machine
-    details = {**result.details, "device": machine.device, "threads": machine.threads, "dtype": machine.dtype}
-    if machine.kind == "analytic" or not (len(plan) or result.bits):  # there is nothing to prove
-        return replace(result, details={**details, "layers": layer_details(network)})
-    run = network if twin is None else twin
-    report = accelerate(run, example_inputs, estimator.profile, kernels=ALL_KERNELS).kernel_report()
-    details |= {"layout": report.layout, "relative_error": report.relative_error}
-    return replace(
-        result,
-        measured_latency_s=report.measured_s,
-        dense_measured_latency_s=report.dense_s,
-        kernels={layer.layer: layer.kernel for layer in report.layers},
-        details={**details, "layers": layer_details(network, report)},
-    )
 
 
 def known(value: float | None) -> float:

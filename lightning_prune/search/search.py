@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
 
-from lightning_prune.batch_norm import reestimate_batch_norm
 from lightning_prune.criteria import Criterion, Magnitude
 from lightning_prune.granularities import Granularity
 from lightning_prune.latency import DeviceProfile, LatencyEstimator
@@ -21,23 +18,15 @@ from lightning_prune.layers import layer_table
 from lightning_prune.plan import SparsityPlan
 from lightning_prune.preparation import inference_copy, placement
 from lightning_prune.quantization.settings import QuantizationSettings
-from lightning_prune.reconstruction import DenseOutputs, reconstruct
+from lightning_prune.search.candidates import Candidates, Repair
+from lightning_prune.search.execution import counted, executed
 from lightning_prune.search.layer_space import layer_rows, layer_space
 from lightning_prune.search.library import Library
 from lightning_prune.search.objectives import Objective, objective_of
-from lightning_prune.search.proof import (
-    Counted,
-    Proof,
-    better,
-    counted,
-    executed,
-    first_proven,
-    front_point,
-    known,
-    recovered,
-)
+from lightning_prune.search.phases import Phases
+from lightning_prune.search.proof import Confirmation, Counted, Proof, front_point, known
 from lightning_prune.search.quantized import Quantization, QuantizedSearch, quantization_of
-from lightning_prune.search.result import SearchResult, drop_of
+from lightning_prune.search.result import SearchResult
 from lightning_prune.search.scan import require_weights_alone
 from lightning_prune.search.schemes import LEVELS, entries_of
 from lightning_prune.search.sensitivity import bar
@@ -50,29 +39,6 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 __all__ = ["search_sparsity"]
-
-
-@dataclass
-class Phases:
-    """What whoever watches a search is told, and how long its phases took.
-
-    Args:
-        said: is called with a line about what happens next.
-        seconds: name of the phase -> seconds.
-    """
-
-    said: Callable[[str], None] = lambda line: None
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str, line: str) -> Iterator[None]:
-        """Say a line, and take the time."""
-        self.said(line)
-        began_s = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began_s
 
 
 def search_sparsity(
@@ -97,7 +63,7 @@ def search_sparsity(
     storage: str | Path | BaseStorage | None = None,
     study_name: str | None = None,
     chance: float | None = None,
-    repair: Literal["layerwise", "sequential"] = "layerwise",
+    repair: Repair = "layerwise",
     quantize: str | QuantizationSettings | Quantization | None = None,
     tune: Callable[[nn.Module, SparsityPlan], None] | None = None,
     recover: Callable[[nn.Module, SparsityPlan], nn.Module] | None = None,
@@ -179,7 +145,7 @@ def search_sparsity(
     from lightning_prune.search.trials import feasible_trials
 
     require_settings(max_drop, metric, mode, n_trials, timeout, confirmations)
-    if repair not in ("layerwise", "sequential"):
+    if repair not in get_args(Repair):
         raise ValueError(f"repair is 'layerwise' or 'sequential', got {repair!r}")
     require_weights_alone(criterion)
     quantization = None if quantize is None else quantization_of(quantize)
@@ -210,26 +176,10 @@ def search_sparsity(
         with phases.phase("quantization", f"Quantising the dense network: {quantizer.quantization.name}"):
             errors = quantizer.errors(errors, library.names, batches)
     space = layer_space(table, choices, library.names, errors, costs)
-    candidate, candidates, outputs = inference_copy(model), _made(repair, tune, quantization), DenseOutputs()
-
-    def built(chosen: Sequence[int]) -> nn.Module:
-        """The repaired network of one level per layer; one and the same module, unless it is tuned."""
-        library.put(candidate, chosen)
-        if repair == "sequential":
-            reconstruct(network, library.masks(chosen), batches, remember=outputs).apply(candidate)
-        reestimate_batch_norm(candidate, batches)
-        if tune is None:
-            return candidate
-        tuned = inference_copy(candidate)
-        tune(tuned, space.plan(chosen))
-        return tuned.eval()
-
-    def deployed(found: nn.Module, chosen: Sequence[int]) -> nn.Module:
-        """What is measured of a candidate: itself, or its twin."""
-        return found if quantizer is None else quantizer.twin(found, chosen)
+    candidates = Candidates(network, space, library, batches, repair, tune, quantizer)
 
     def measured(found: Candidate) -> float:
-        return accuracy(deployed(built(found.choices), found.choices))
+        return accuracy(candidates.deployed(candidates.repaired(found.choices), found.choices))
 
     options: dict[str, Any] = {
         "metric": metric,
@@ -242,7 +192,7 @@ def search_sparsity(
         "storage": opened,
         "study_name": study_name,
         "objective": goal.name,
-        "candidates": candidates,
+        "candidates": candidates.made,
         "progress": progress,
         "on_trial": on_trial,
     }
@@ -262,60 +212,54 @@ def search_sparsity(
         objective=goal.name,
         unit=goal.unit,
         dense_cost=space.dense_cost,
-        quantization="" if quantization is None else quantization.name,
+        quantization="" if quantizer is None else quantizer.quantization.name,
         model=network,
         details={
             "study": outcome.study.study_name,
             "stopped": outcome.stopped,
             "seconds": phases.seconds,
-            "candidates": candidates or "layerwise repair",
+            "candidates": candidates.made or "layerwise repair",
         },
     )
     if max_drop is None:
         result = replace(result, details={**result.details, "front": [front_point(trial) for trial in outcome.front]})
     if max_drop is None or (outcome.best is None and outcome.nearest is None):
         return executed(counted(result, table, network), estimator, example_inputs)
-    final = Counted(confirm or accuracy)
-    confirmed: list[float] = [] if confirm is not None else [dense]
-
-    def prove(trial: FrozenTrial) -> Proof:
-        """Recover the network of a trial's plan, and measure it on all validation data."""
-        chosen = trial.user_attrs["choices"]
-        which = (
-            "winner"
-            if trial.number == trials[0].number
-            else f"next plan (trial {trial.number}): the drop was too large"
-        )
-        repaired, trained = inference_copy(built(chosen)), None
-        if recover is not None:
-            with phases.phase("recovery", f"Recovering the {which}"):
-                trained = recovered(repaired, space.plan(chosen), library.removed(chosen), recover)
-        with phases.phase("confirmation", f"Confirming {metric} of the {which}"):
-            if not confirmed:
-                confirmed.append(final(inference_copy(model)))
-            [base] = confirmed
-            winner, value = better(repaired, trained, lambda found: final(deployed(found, chosen)), base, mode)
-        return Proof(trial, winner, value, drop_of(value, base, mode, max_drop), winner is trained)
-
     trials = feasible_trials(outcome.study.get_trials(deepcopy=False), max_drop)[:confirmations]
     if outcome.nearest is not None:
         trials = [outcome.nearest]
-    proof, proofs = first_proven(trials, max_drop, prove)
-    [dense] = confirmed
-    winner, chosen, twin = proof.network, proof.trial.user_attrs["choices"], None
-    if quantizer is not None:
-        twin = deployed(winner, chosen)
-        result = replace(result, **quantizer.confirmed(winner, twin, final))
+    confirmation = Confirmation(
+        candidates, recover, Counted(confirm or accuracy), metric, mode, max_drop, phases, None if confirm else dense
+    )
+    proof, twin, result = _proven(result, candidates, confirmation, trials)
+    with phases.phase("execution", "Running the winner with its kernels"):
+        found = counted(result, table, proof.network)
+        if twin is None or quantizer is None:
+            return executed(found, estimator, example_inputs)
+        estimate_s = quantizer.estimated_s(dict(zip(library.names, proof.choices, strict=True)))
+        return executed(found, estimator, example_inputs, twin, estimate_s)
+
+
+def _proven(
+    result: SearchResult, candidates: Candidates, confirmation: Confirmation, trials: Sequence[FrozenTrial]
+) -> tuple[Proof, nn.Module | None, SearchResult]:
+    """The first plan that holds on all validation data, its quantised twin, and the result with both."""
+    proof, proofs = confirmation.first(trials)
+    said, twin, quantized = proof.trial.user_attrs, None, dict[str, Any]()
+    if candidates.quantizer is not None:
+        twin = candidates.deployed(proof.network, proof.choices)
+        quantized = candidates.quantizer.confirmed(proof.network, twin, confirmation.measure)
     result = replace(
         result,
-        feasible=proof.drop <= max_drop,
-        plan=space.plan(chosen),
+        **quantized,
+        feasible=proof.drop <= confirmation.max_drop,
+        plan=candidates.space.plan(proof.choices),
         accuracy=proof.accuracy,
-        dense_accuracy=dense,
-        search_accuracy=known(proof.trial.user_attrs["accuracy"]),
-        evaluations=outcome.evaluations + final.calls,
-        cost=float(proof.trial.user_attrs["cost"]),
-        model=winner,
+        dense_accuracy=proof.dense,
+        search_accuracy=known(said["accuracy"]),
+        evaluations=result.evaluations + confirmation.measure.calls,
+        cost=float(said["cost"]),
+        model=proof.network,
         details={
             **result.details,
             "recovered": proof.recovered,
@@ -323,12 +267,7 @@ def search_sparsity(
             "trial": proof.trial.number,
         },
     )
-    with phases.phase("execution", "Running the winner with its kernels"):
-        found = counted(result, table, winner)
-        if twin is None or quantizer is None:
-            return executed(found, estimator, example_inputs)
-        estimate_s = quantizer.estimated_s(dict(zip(library.names, chosen, strict=True)))
-        return executed(found, estimator, example_inputs, twin, estimate_s)
+    return proof, twin, result
 
 
 def require_settings(
@@ -358,18 +297,6 @@ def _loaded(profile: DeviceProfile | str | Path, network: nn.Module) -> DevicePr
     if found.machine.kind != "analytic":
         found.require(Machine.here(*placement(network)))
     return found
-
-
-def _made(repair: str, tune: Any, quantization: Quantization | None) -> str | None:
-    """How candidates are made, in words; None where it is the usual way."""
-    if quantization is not None:
-        settings = "" if quantization.name != "settings" else f" {quantization.settings}"
-        return f"{_made(repair, tune, None) or 'layerwise repair'}, quantised ({quantization.name}{settings})"
-    if repair == "layerwise" and tune is None:
-        return None
-    steps = getattr(tune, "steps", None)
-    tuned = "" if tune is None else ", fine-tuned" if steps is None else f", fine-tuned for {steps} steps"
-    return f"{repair} repair{tuned}"
 
 
 def _require_trained(dense: float, chance: float | None, metric: str, mode: str) -> None:

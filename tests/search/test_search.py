@@ -24,8 +24,9 @@ from lightning_prune.latency.roofline import RooflineCost
 from lightning_prune.layers import layer_table
 from lightning_prune.preparation import inference_copy
 from lightning_prune.reconstruction import reconstruct
+from lightning_prune.search.phases import Phases
 from lightning_prune.search.result import SearchResult
-from lightning_prune.search.search import Phases, search_sparsity
+from lightning_prune.search.search import search_sparsity
 from tests.latency.profiles import FAMILIES, hand_made, record
 
 LEVELS = (0.3, 0.6, 0.8, 0.9)
