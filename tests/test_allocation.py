@@ -26,12 +26,14 @@ from lightning_prune.allocation import (
     sensitivity_threshold,
     uniform,
 )
+from lightning_prune.allocation.budget import _MANY
 from lightning_prune.allocation.fronts import Fronts
 from lightning_prune.allocation.programme import Effort, search
 from lightning_prune.allocation.relaxation import Problem, bounds_of, relax
 from lightning_prune.granularities import NM
 from lightning_prune.layers import LayerCall, LayerSpec, LayerTable
 from lightning_prune.plan import SparsityPlan
+from tests.benchmarks.bench_allocation import tables as bench_tables
 
 Floats = npt.NDArray[np.float64]
 
@@ -166,6 +168,20 @@ def test_the_fast_path_is_near_the_exact_one_and_never_over_budget(kind: str) ->
     assert min(excess) >= -1e-9
 
 
+@pytest.mark.parametrize(("seed", "share"), [(42, 0.5), (48, 0.5), (387, 0.8)])
+def test_no_more_than_a_hundredth_is_left_open_where_a_short_programme_leaves_more(seed: int, share: float) -> None:
+    errors, times = bench_tables("noisy", 54, 42, seed)
+    scale = np.random.default_rng(1000 + seed).uniform(0.5, 2.0, 54)
+    allocator = BudgetAllocator(errors, times)
+    slowest = allocator.allocate(math.inf, scale).time
+    budget = allocator.least_time + share * (slowest - allocator.least_time)
+    short = search(Problem(Fronts.of(errors, times), scale, budget), _MANY)
+    assert short.error > 1.02 * allocator.exact(budget, scale).error
+    found = allocator.allocate(budget, scale)
+    check_sums(found, errors, times, budget, scale)
+    assert found.error - found.bound <= 0.01 * found.error
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_budget_that_a_plan_just_meets_admits_that_plan(seed: int) -> None:
     """Tenths are not exact in binary: sums in another order differ in the last bit."""
@@ -221,7 +237,7 @@ def test_a_search_cut_short_keeps_the_budget_and_claims_no_proof_that_it_lacks(
             problem = Problem(Fronts.of(errors, times), scale, budget)
             for enough, items in ((0.0, 12), (0.05, 12), (0.0, 2)):
                 found = search(
-                    problem, Effort(items, width, branches, branches, near=near, enough=enough, again=enough)
+                    problem, Effort(items, items, width, branches, branches, near=near, enough=enough, again=enough)
                 )
                 assert problem.fronts.time[found.chosen].sum() <= budget
                 assert found.bound <= exact.error * (1 + 1e-9)
@@ -306,7 +322,7 @@ def test_holding_the_breaking_item_or_not_finds_the_same(near: float) -> None:
     errors, times = tables("noisy", 25, 12, seed=11)
     for budget in budgets(times, (0.05, 0.2, 0.5)):
         problem = Problem(Fronts.of(errors, times), np.ones(25), budget)
-        found = search(problem, Effort(25, 1 << 14, 12, 12, near=near, enough=0.0, again=0.0))
+        found = search(problem, Effort(25, 25, 1 << 14, 12, 12, near=near, enough=0.0, again=0.0))
         assert found.bound == found.error == pytest.approx(BudgetAllocator(errors, times).exact(budget).error)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +17,16 @@ from lightning_prune.allocation.relaxation import Problem
 __all__ = ["Allocation", "BudgetAllocator", "couple"]
 
 _FEW_ITEMS = 24
-_FEW = Effort(items=12, width=64, branches=6, programmes=6, near=0.005, enough=0.001, again=0.001)
-_MANY = Effort(items=14, width=64, branches=2, programmes=2, near=0.005, enough=0.002, again=0.008)
+_FEW = Effort(items=12, later=12, width=64, branches=6, programmes=6, near=0.005, enough=0.001, again=0.001)
+_MANY = Effort(items=14, later=8, width=48, branches=2, programmes=2, near=0.005, enough=0.002, again=0.008)
 """Of few items each counts for more; of many, whole programmes are what takes time, and two of them are enough."""
+
+_OPEN = 0.01
+_ALL = 1 << 30
+_THOROUGH = Effort(
+    items=_ALL, later=_ALL, width=512, branches=_ALL, programmes=_ALL, near=0.005, enough=_OPEN, again=_OPEN
+)
+"""Where more than one per cent of the error may still be gained: a few in a hundred tables, by one to three ms."""
 
 _FIRST_WIDTH = 128
 _GROWTH = 4
@@ -103,17 +111,18 @@ class BudgetAllocator:
         object.__setattr__(self, "_fronts", Fronts.of(errors, times))
         object.__setattr__(self, "_largest", float(np.abs(self._fronts.error).max()))
 
-    @property
+    @cached_property
     def least_time(self) -> float:
         """The smallest budget that can be met: the time of each item's fastest choice, summed."""
-        return math.fsum(self._fronts.time[self._fronts.start])
+        return _sum(self._fronts.time[self._fronts.start])
 
     def allocate(self, budget: float, coefficients: npt.ArrayLike | None = None) -> Allocation:
         """Good choices, at once: the relaxation, then a short programme over the items that it leaves open.
 
         Segments of the hulls are taken in order of error saved per time until one does not fit (what bisection for the
         Lagrange multiplier converges to); the time left is filled greedily; then a dynamic programme of few states
-        looks at the items and points nearest to the multiplier. `Allocation.bound` says what could still be gained.
+        looks at the items and points nearest to the multiplier. Where more than 1 % may still be gained, a longer one
+        looks at all of them. `Allocation.bound` says what is left to gain.
 
         Args:
             budget: the time that the choices may take together.
@@ -126,7 +135,14 @@ class BudgetAllocator:
         the problem.
         """
         effort = _FEW if len(self.errors) <= _FEW_ITEMS else _MANY
-        return self._solve(budget, coefficients, lambda problem: search(problem, effort))
+
+        def close(problem: Problem) -> Found:
+            found = search(problem, effort)
+            if found.error - found.bound <= _OPEN * abs(found.error):
+                return found
+            return search(problem, _THOROUGH, found.chosen)
+
+        return self._solve(budget, coefficients, close)
 
     def exact(self, budget: float, coefficients: npt.ArrayLike | None = None, most_states: int = 1 << 15) -> Allocation:
         """The best choices: a dynamic programme over undominated sums, cut by the relaxation's bound.
@@ -151,7 +167,9 @@ class BudgetAllocator:
             width, found = min(_FIRST_WIDTH, most_states), None
             while True:
                 points = self.errors.shape[1]
-                effort = Effort(len(self.errors), width, points, points, near=0.002, enough=EXACT, again=EXACT)
+                effort = Effort(
+                    len(self.errors), len(self.errors), width, points, points, near=0.002, enough=EXACT, again=EXACT
+                )
                 found = search(problem, effort, None if found is None else found.chosen)
                 if found.bound >= found.error or width >= most_states:
                     return found
@@ -171,14 +189,16 @@ class BudgetAllocator:
         rounding = 4 * fronts.items * float(np.finfo(np.float64).eps)
         for room in (rounding, 0.0, -rounding, -64 * rounding):
             found = run(Problem(fronts, scale, budget * (1 + room)))
-            time = math.fsum(fronts.time[found.chosen])
+            time = _sum(fronts.time[found.chosen])
             if time <= budget:
                 break
-        chosen = found.chosen if time <= budget else fronts.start
-        error = math.fsum(fronts.error[chosen] * scale)
+        chosen = found.chosen
+        if time > budget:
+            chosen, time = fronts.start, least
+        error = _sum(fronts.error[chosen] * scale)
         # The search's sums are rounded otherwise than this one.
         bound = error if found.bound >= found.error else min(found.bound, error)
-        return Allocation(fronts.choice[chosen], error, math.fsum(fronts.time[chosen]), bound)
+        return Allocation(fronts.choice[chosen], error, time, bound)
 
     def _coefficients(self, given: npt.ArrayLike | None) -> Floats:
         items = self._fronts.items
@@ -236,6 +256,11 @@ def _table(name: str, given: npt.ArrayLike) -> Floats:
         raise ValueError(f"{name}{place} is {values[tuple(place)]!s}; only +inf may stand for an impossible choice")
     values.flags.writeable = False
     return values
+
+
+def _sum(values: Floats) -> float:
+    """Correctly rounded; a list is gone through faster than an array."""
+    return math.fsum(values.tolist())
 
 
 def _first(bad: npt.NDArray[np.bool_]) -> list[int]:

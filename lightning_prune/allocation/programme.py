@@ -18,6 +18,7 @@ from lightning_prune.allocation.relaxation import Problem, Relaxation, bounds_of
 _FEW = 48  # so many states cost less than sorting out the dominated ones among them
 EXACT = 1e-9  # of the error: what could be gained less is not looked for, or equal items would take for ever
 _LEAST_GRAIN = 1e-15  # of the largest error in sight: what float64 tells apart
+_LEAST = float(np.finfo(np.float64).tiny)
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Effort:
 
     Args:
         items: how many items may leave the base, those first that do so at the least `r`.
+        later: likewise, in a second programme and those after it.
         width: how many states a set may have, those of the least `r`.
         branches: at how many points the item that breaks the budget is held in turn.
         programmes: for how many of them, the most promising first, a programme runs.
@@ -35,6 +37,7 @@ class Effort:
     """
 
     items: int
+    later: int
     width: int
     branches: int
     programmes: int
@@ -75,8 +78,7 @@ def search(problem: Problem, effort: Effort, known: Ints | None = None) -> Found
     if relaxed.broken is not None and gap > effort.near * abs(found.error):
         found = _branch(problem, relaxed.broken, found, effort)
     elif gap > effort.enough * abs(found.error):
-        chosen, complete = _improve(problem, relaxed, chosen, effort)
-        error = problem.error(chosen)
+        chosen, error, complete = _improve(problem, relaxed, chosen, found.error, effort.items, effort.width)
         found = Found(chosen, error, error if complete else relaxed.bound)
     closed = found.error - found.bound <= EXACT * abs(found.error)
     return replace(found, bound=found.error) if closed else found
@@ -97,16 +99,16 @@ def _branch(problem: Problem, item: int, found: Found, effort: Effort) -> Found:
             proven = min(proven, bound)
             break
         relaxed = relax(problem, int(points[place]))
-        chosen = min(chosen, fill(problem, relaxed), key=problem.error)
-        error = problem.error(chosen)
+        filled = fill(problem, relaxed)
+        if (reached := problem.error(filled)) < error:
+            chosen, error = filled, reached
         # After the first programme, another one is worth its time only where much may be gained.
-        least = effort.enough if left == effort.programmes else effort.again
+        least, items = (effort.enough, effort.items) if left == effort.programmes else (effort.again, effort.later)
         if left == 0 or error - bound <= least * abs(error):
             proven = min(proven, bound)
             continue
         left -= 1
-        chosen, complete = _improve(problem, relaxed, chosen, effort)
-        error = problem.error(chosen)
+        chosen, error, complete = _improve(problem, relaxed, chosen, error, items, effort.width)
         if not complete:
             proven = min(proven, bound)
     return Found(chosen, error, min(proven, error))
@@ -155,16 +157,17 @@ class _Limits:
 
     def merge(self, states: _States, points: Ints, time: Floats, error: Floats, longest: float) -> tuple[_States, bool]:
         """The states with one more item, and whether none was left out for their number."""
-        times = (states.time[:, None] + time).ravel()
-        errors = (states.error[:, None] + error).ravel()
+        times = (time[:, None] + states.time).ravel()
+        errors = (error[:, None] + states.error).ravel()
         excess = errors + self.multiplier * times
         index = ((excess < self.gap) & (times <= longest)).nonzero()[0]
         if len(index) > _FEW:
             index = index[_undominated(times[index], errors[index], self.grain)]
         complete = len(index) <= self.width
         if not complete:
-            index = index[np.argpartition(excess[index], self.width)[: self.width]]
-        parent, column = np.divmod(index, len(points))
+            index = index[excess[index].argpartition(self.width)[: self.width]]
+        column = index // len(states.time)
+        parent = index - column * len(states.time)
         return _States(times[index], errors[index], parent, points[column], states), complete
 
 
@@ -180,48 +183,51 @@ def _undominated(time: Floats, error: Floats, grain: float) -> npt.NDArray[np.in
     return kept
 
 
-def _improve(problem: Problem, relaxed: Relaxation, chosen: Ints, effort: Effort) -> tuple[Ints, bool]:
-    """A better choice than the one given, if there is one among the sums looked at; and whether these were all.
+def _improve(
+    problem: Problem, relaxed: Relaxation, chosen: Ints, reached: float, items: int, width: int
+) -> tuple[Ints, float, bool]:
+    """A better choice than the one given, if there is one among the sums looked at, its error, and whether all were.
 
     Items are added to the smaller of two sets of states. In the end each state of one finds the best of the other in
     the time that it leaves.
     """
     fronts = problem.fronts
     error, time, excess = relaxed.moves(problem)
-    reached = problem.error(chosen)
     gap = reached - relaxed.bound - EXACT / 2 * abs(reached)
-    live = np.flatnonzero(excess < gap)
-    ends = np.searchsorted(fronts.item[live], np.arange(fronts.items + 1))
-    free = np.flatnonzero(np.diff(ends) > 1)
-    if len(free) == 0:
-        return chosen, True
+    live = (excess < gap).nonzero()[0]
     excess[relaxed.base] = np.inf
-    cheapest = np.minimum.reduceat(excess, fronts.start)[free]
-    taken = free[np.argsort(cheapest, kind="stable")][: effort.items]
+    cheapest = np.minimum.reduceat(excess, fronts.start)
+    free = (cheapest < gap).nonzero()[0]
+    if len(free) == 0:
+        return chosen, reached, True
+    taken = free[cheapest[free].argsort(kind="stable")][:items]
     complete = len(taken) == len(free)
-    groups = [live[ends[item] : ends[item + 1]] for item in taken]
-    fastest = [float(time[group[0]]) for group in groups]  # a front's first point has the least time
+    ends = [*live.searchsorted(fronts.start).tolist(), len(live)]
+    groups = [slice(ends[item], ends[item + 1]) for item in taken.tolist()]
+    time, error = time[live], error[live]
+    fastest = [float(time[group.start]) for group in groups]  # a front's first point has the least time
     # Every merge may lose a grain, and the last step one more.
-    told_apart = _LEAST_GRAIN * float(np.abs(error[live]).max())
-    grain = max(EXACT / 2 * abs(reached) / (fronts.items + 1), told_apart, float(np.finfo(np.float64).tiny))
-    limits = _Limits(relaxed.multiplier, gap, grain, effort.width)
+    told_apart = _LEAST_GRAIN * max(float(error.max()), -float(error.min()))
+    grain = max(EXACT / 2 * abs(reached) / (fronts.items + 1), told_apart, _LEAST)
+    limits = _Limits(relaxed.multiplier, gap, grain, width)
     sides = [_States.of_nothing(), _States.of_nothing()]
     longest = [relaxed.spare - sum(fastest)] * 2
     for group, least in zip(groups, fastest, strict=True):
         side = int(len(sides[1].time) < len(sides[0].time))
         longest[side] += least
-        sides[side], whole = limits.merge(sides[side], group, time[group], error[group], longest[side])
+        sides[side], whole = limits.merge(sides[side], live[group], time[group], error[group], longest[side])
         complete &= whole
     left, right = sides
     if len(left.time) == 0 or len(right.time) == 0:  # what was left out for its number may have been all that fits
-        return chosen, complete
+        return chosen, reached, complete
     front = _undominated(right.time, right.error, grain)
     place = np.searchsorted(right.time[front], relaxed.spare - left.time, side="right") - 1
     total = np.where(place >= 0, left.error + right.error[front[place]], np.inf)
     best = int(total.argmin())
     if total[best] == np.inf:  # likewise
-        return chosen, complete
+        return chosen, reached, complete
     points = np.array(left.points(best) + right.points(int(front[place[best]])), dtype=np.int64)
     candidate = relaxed.base.copy()
     candidate[fronts.item[points]] = points
-    return min(chosen, candidate, key=problem.error), complete
+    found = problem.error(candidate)
+    return (candidate, found, complete) if found < reached else (chosen, reached, complete)

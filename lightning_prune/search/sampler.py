@@ -76,20 +76,17 @@ class ThresholdSampler(BaseSampler):
         self._others.reseed_rng()
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """The parameters, `move` only where trials ask for it."""
-        found = distributions(self.space)
-        if not _with_moves(study.get_trials(deepcopy=False, states=None)):
-            del found["move"]
-        return found
+        """All parameters; what a trial does not ask for is not stored."""
+        return distributions(self.space)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Values for all parameters."""
-        if search_space.keys() <= trial.system_attrs.get("fixed_params", {}).keys():
+        """Values for all parameters; there is no move where no trial has asked for one yet."""
+        if search_space.keys() - {"move"} <= trial.system_attrs.get("fixed_params", {}).keys():
             return {}
-        proposer = self._proposers["move" in search_space]
         trials = study.get_trials(deepcopy=False)
+        proposer = self._proposers[any("move" in other.params for other in trials)]
         seen, nameless = history(trials, self.space, trial.number)
         found = None
         # Trials that were begun earlier and have no plan yet get theirs first.
@@ -103,12 +100,12 @@ class ThresholdSampler(BaseSampler):
             if proposer.looks_at_all and not seen.pending:
                 with contextlib.suppress(RuntimeError):  # who asks and tells stops by other means
                     study.stop()
-        return {} if found is None else values_of(found, search_space)
+        return {} if found is None else values_of(found)
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """A move that is asked for first is none; parameters of somebody else are drawn at random."""
+        """Of fixed parameters no move was made; parameters of somebody else are drawn at random."""
         if param_name == "move":
             return 0
         return self._others.sample_independent(study, trial, param_name, param_distribution)
@@ -121,11 +118,10 @@ def distributions(space: SearchSpace) -> dict[str, BaseDistribution]:
     return {"budget": FloatDistribution(0.0, 1.0), **weights, "move": IntDistribution(0, moves)}
 
 
-def values_of(proposal: Proposal, asked: dict[str, BaseDistribution]) -> dict[str, Any]:
+def values_of(proposal: Proposal) -> dict[str, Any]:
     """A proposal as parameters."""
     weights = {f"weight.{group}": weight for group, weight in enumerate(proposal.weights)}
-    values: dict[str, Any] = {"budget": proposal.share, **weights, "move": proposal.move}
-    return {name: value for name, value in values.items() if name in asked}
+    return {"budget": proposal.share, **weights, "move": proposal.move}
 
 
 def history(trials: Sequence[FrozenTrial], space: SearchSpace, before: int) -> tuple[Seen, list[int]]:
@@ -188,7 +184,3 @@ def _number(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         return math.nan
-
-
-def _with_moves(trials: Sequence[FrozenTrial]) -> bool:
-    return any("move" in trial.params for trial in trials)

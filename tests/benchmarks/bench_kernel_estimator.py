@@ -4,7 +4,8 @@
 
 Shapes are a sample of those of known networks. Every kernel is timed on each at the sparsities of calibration and at
 others. Held-out shapes are dealt by shape, five folds; a random forest on the same coordinates (nn-Meter's way) and
-times proportional to the kept FLOPs are fitted to the same folds.
+times proportional to the kept FLOPs are fitted to the same folds. "Again" is by how much the times of some shapes
+differed when they were all measured once more, from the beginning: no estimate can be closer than the machine itself.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from sklearn.ensemble import RandomForestRegressor
 from lightning_prune import DeviceProfile
 from lightning_prune.kernels import KERNELS, LayerKernel
 from lightning_prune.latency.fitted import columns, fitted_cost, held_out_errors, stacked
+from lightning_prune.latency.fitted import summary as error_summary
 from lightning_prune.latency.machine import Machine
 from lightning_prune.latency.measurement import Measurement, telling
 from lightning_prune.latency.session import Session
@@ -31,6 +33,7 @@ from tests.benchmarks.shapes import layer_shapes
 UNSEEN = ((0.55, 1.0), (0.78, 1.0), (0.9, 1.0), (0.98, 1.0))
 UNSEEN_SHRUNK = ((0.25, 1.0), (0.5, 0.5), (0.7, 0.3), (0.75, 0.75))
 FOLDS, CHUNK = 5, 30
+AGAIN = 5  # one in so many chunks of shapes is measured again
 DENSE = 3  # times more shapes are timed dense: they have one time each where sparse kernels have five
 
 
@@ -42,26 +45,41 @@ def with_unseen(kernel: LayerKernel) -> LayerKernel:
     return other
 
 
-def measured(shapes: int) -> tuple[list[Measurement], list[Measurement], bool]:
-    """Measurements at the places of calibration, and at others, from the same passes."""
+def new_session() -> Session:
+    machine = Machine.here(torch.device("cpu"), torch.float32)
+    return Session(machine, [with_unseen(kernel) for kernel in KERNELS], 9, None, None)
+
+
+def measured(shapes: int) -> tuple[list[Measurement], list[Measurement], list[Measurement], bool]:
+    """Measurements at the places of calibration, at others, from the same passes, and of some shapes again."""
     every = layer_shapes(DENSE * shapes)
     works, more = every[:shapes], every[shapes:]
     works.sort(key=lambda w: (w.kind, w.macs + 20 * (w.weights + w.input_elements + w.output_elements)))
-    session = Session(
-        Machine.here(torch.device("cpu"), torch.float32), [with_unseen(kernel) for kernel in KERNELS], 9, None, None
-    )
+    session, again = new_session(), new_session()
     for start in range(0, len(works), CHUNK):
         session.measure_spread(works[start : start + CHUNK], lambda share: None)
         print(f"\r{min(start + CHUNK, len(works))} of {len(works)} shapes", end="", flush=True)
     print()
     session.measure_spread(more, lambda share: None, dense_only=True)
+    for start in range(CHUNK * (AGAIN // 2), len(works), CHUNK * AGAIN):
+        again.measure_spread(works[start : start + CHUNK], lambda share: None)
     by_name = {kernel.name: kernel for kernel in KERNELS}
     seen: list[Measurement] = []
     others: list[Measurement] = []
     for m in session.measurements:
         usual = points(by_name[m.kernel], m.work)
         (seen if (m.sparsity, m.living) in usual else others).append(m)
-    return seen, others, session.quiet
+    return seen, others, again.measurements, session.quiet
+
+
+def differences(first: list[Measurement], again: list[Measurement]) -> np.ndarray:
+    """Of the times of the same measurements."""
+
+    def by_place(measurements: list[Measurement]) -> dict[Any, float]:
+        return {(m.kernel, m.work, m.sparsity, m.living): m.seconds for m in measurements}
+
+    before = by_place(first)
+    return np.array([seconds / before[key] - 1 for key, seconds in by_place(again).items() if key in before])
 
 
 def errors_at_unseen(kernel: LayerKernel, seen: list[Measurement], others: list[Measurement]) -> np.ndarray:
@@ -112,19 +130,26 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    seen, others, quiet = measured(arguments.shapes)
+    seen, others, again, quiet = measured(arguments.shapes)
     if arguments.profile:
         costs = {k.name: fitted_cost(k, own) for k in KERNELS if (own := telling(k, seen))}
         machine = Machine.here(torch.device("cpu"), torch.float32)
-        DeviceProfile(machine, costs, tuple(seen), rounds=9, quiet=quiet).save(arguments.profile)
-    print("MAPE / share within 10 %          unseen sparsities   unseen shapes      random forest      FLOPs")
+        held_out = {}
+        for kernel in (k for k in KERNELS if k.name in costs):
+            own = telling(kernel, seen)
+            if kept := error_summary(held_out_errors(kernel, own, FOLDS), len({m.work for m in own})):
+                held_out[kernel.name] = kept
+        DeviceProfile(machine, costs, tuple(seen), held_out=held_out, rounds=9, quiet=quiet).save(arguments.profile)
+    heads = ("unseen sparsities", "unseen shapes", "random forest", "FLOPs", "again")
+    print(f"{'MAPE / share within 10 %':28s}" + "".join(f"{head:20s}" for head in heads))
     results: dict[str, Any] = {}
     for kernel in KERNELS:
         own = telling(kernel, seen)
         if not any(m.kernel == kernel.name for m in seen):
             continue
         other = [m for m in others if m.kernel == kernel.name]
-        found = {"shapes": held_out_errors(kernel, own, FOLDS), **peers(kernel, own)}
+        repeated = differences([m for m in seen + others if m.kernel == kernel.name], again)
+        found = {"shapes": held_out_errors(kernel, own, FOLDS), **peers(kernel, own), "again": repeated}
         if other:
             found["sparsities"] = errors_at_unseen(kernel, seen, others)
         results[kernel.name] = {name: summary(errors) for name, errors in found.items()}
@@ -132,7 +157,7 @@ def main() -> None:
             f"{100 * r['mape']:5.1f} % {100 * r['within_10']:4.0f} %    "
             if (r := results[kernel.name].get(name))
             else " " * 17
-            for name in ("sparsities", "shapes", "forest", "flops")
+            for name in ("sparsities", "shapes", "forest", "flops", "again")
         ]
         print(f"{kernel.name:12s} {len({m.work for m in own}):4d} shapes     ", "  ".join(cells), flush=True)
     print("machine quiet:", quiet)

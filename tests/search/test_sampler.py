@@ -268,6 +268,24 @@ def test_a_plan_whose_trials_fail_is_given_up_after_two() -> None:
     assert plans[0] == plans[1] != plans[2]
 
 
+def test_a_proposal_reads_the_study_once_and_a_fixed_one_never(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, reads, read = network(), list[str](), optuna.Study.get_trials
+
+    def counted(study: optuna.Study, *args: Any, **options: Any) -> Any:
+        reads.append(study.study_name)
+        return read(study, *args, **options)
+
+    monkeypatch.setattr(optuna.Study, "get_trials", counted)
+    study = optuna.create_study(sampler=ThresholdSampler(found, 0.01, seed=0))
+    suggested(study.ask(), found)
+    assert len(reads) == 1
+    study.enqueue_trial({"budget": 0.25, **{f"weight.{group}": 1.0 for group in range(found.group_count)}})
+    trial = study.ask()
+    suggested(trial, found)
+    assert len(reads) == 1
+    assert trial.params["move"] == 0
+
+
 def test_enqueued_parameters_are_kept() -> None:
     found = network()
     study = optuna.create_study(sampler=ThresholdSampler(found, 0.01, 0))
