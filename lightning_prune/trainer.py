@@ -72,7 +72,7 @@ class PruneTrainer(Trainer):
         output: str | Path = "device.json",
         batch_size: int = 1,
         threads: int = 1,
-        rounds: int = 9,
+        rounds: int = 6,
         spread: int = 60,
         ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,

@@ -35,7 +35,7 @@ def calibrate(
     *,
     profile: DeviceProfile | str | Path | None = None,
     kernels: Sequence[LayerKernel] = KERNELS,
-    rounds: int = 9,
+    rounds: int = 6,
     spread: int = 60,
     progress: bool = True,
 ) -> DeviceProfile:
@@ -58,7 +58,7 @@ def calibrate(
         profile: to be extended: what it holds is not measured again. If it is a path, the profile is also written
             there after every kernel, so that an interrupted calibration goes on where it stopped.
         kernels: to be timed; `KERNELS` and your own, or `ALL_KERNELS` for those that run quantised twins as well.
-        rounds: each timing is the least of so many; of up to five times as many where passes take milliseconds.
+        rounds: each timing is the least of so many; of up to eight times as many where passes take milliseconds.
         spread: how many shapes beside the model's are timed, so that the profile also answers for other networks.
         progress: whether to show a progress bar.
 

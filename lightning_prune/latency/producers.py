@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ def producers(
     """Where each layer's inputs come from, through activations, pooling, additions and concatenations.
 
     One pass per layer, in which that layer gives NaN and all others zeros: whatever NaN arrives at comes from there.
+    The layers themselves compute nothing in these passes.
 
     Args:
         model: in eval mode.
@@ -39,21 +40,36 @@ def producers(
             met = arriving[name].setdefault(speaking, torch.zeros_like(channels))
             met |= channels
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        if names[module] == speaking:
-            return torch.full_like(output, torch.nan)
-        return torch.zeros_like(output)
+    sizes: dict[tuple[nn.Module, torch.Size], torch.Size] = {}
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        sizes[module, args[0].shape] = output.shape
+
+    def forward_of(module: nn.Module, name: str) -> Callable[[Tensor], Tensor]:
+        def forward(x: Tensor) -> Tensor:
+            # What arrives may be of another shape than before, where that depends on values.
+            size = sizes.get((module, x.shape)) or type(module).forward(module, x).shape
+            return x.new_full(size, torch.nan if name == speaking else 0.0)
+
+        return forward
 
     silent = tree_map_only(Tensor, lambda x: torch.zeros_like(x) if x.is_floating_point() else x, example_inputs)
-    handles = [module.register_forward_pre_hook(before) for module in names]
-    handles += [module.register_forward_hook(after) for module in names]
+    handles = [module.register_forward_hook(after) for module in names]
+    own = {module: module.__dict__["forward"] for module in names if "forward" in module.__dict__}
     try:
         with buffers_kept(model), torch.inference_mode():
+            call(model, silent)
+            handles += [module.register_forward_pre_hook(before) for module in names]
+            for module, name in names.items():
+                module.forward = forward_of(module, name)
             for speaking in layers:  # noqa: B007 (the hooks read it)
                 call(model, silent)
     finally:
         for handle in handles:
             handle.remove()
+        for module in names:
+            module.__dict__.pop("forward", None)
+            module.__dict__.update({"forward": own[module]} if module in own else {})
     return {name: _grouped(arriving[name]) for name in layers if arriving[name]}
 
 

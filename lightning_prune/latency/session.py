@@ -30,7 +30,7 @@ _logger = logging.getLogger(__name__)
 _IN_ONE_PASS = 30
 """Shapes beside the network's that are timed in one pass."""
 
-_WHILE_S, _MOST = 1.0, 5
+_WHILE_S, _MOST = 1.0, 8
 """Where passes are short, so long a kernel is timed on a network, in at most so many times more rounds."""
 
 _ATTEMPTS = 3

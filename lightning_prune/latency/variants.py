@@ -38,8 +38,8 @@ def pruned(
 ) -> nn.Linear | nn.Conv2d:
     """A copy of a layer with groups removed at random, then inputs."""
     sparsity, living = point
-    copied = copy.deepcopy(layer)
-    weight = copied.weight.detach()
+    copied = copy.deepcopy(layer, {id(layer.weight): layer.weight})  # it gets a weight of its own below
+    weight = layer.weight.detach()
     shape = granularity.groups(weight.shape)
     scores = torch.rand(shape, generator=generator)
     protected = granularity.protected(scores)
@@ -51,6 +51,6 @@ def pruned(
         inputs = torch.zeros(weight.shape[1], dtype=weight.dtype)
         inputs[torch.randperm(len(inputs), generator=generator)[: round(living * len(inputs))]] = 1
         mask = mask * inputs.view(1, -1, *[1] * (weight.ndim - 2))
-    weight = torch.where(weight == 0, torch.full_like(weight, 0.1), weight)  # zeros come from the mask alone
-    copied.weight = nn.Parameter(weight * mask.to(weight.device), requires_grad=False)
+    weight = weight.masked_fill(weight == 0, 0.1).mul_(mask.to(weight.device))  # zeros come from the mask alone
+    copied.weight = nn.Parameter(weight, requires_grad=False)
     return copied

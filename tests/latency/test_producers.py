@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -100,3 +100,23 @@ def test_leave_the_model_as_it_was() -> None:
     producers(model, example, layers)
     assert float(model.seen) == 3.0
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_keep_a_forward_of_a_modules_own_and_bear_shapes_that_depend_on_values() -> None:
+    class Picky(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return cast(Tensor, self.b(y if y.isnan().any() else y[:1]))
+
+    model = Picky().eval()
+    own = model.a.forward
+    vars(model.a)["forward"] = own
+    found = producers(model, torch.zeros(3, 2), {"a.weight": model.a, "b.weight": model.b})
+    assert found == {"b.weight": ((1.0, ("a.weight",)),)}
+    assert vars(model.a)["forward"] == own
+    assert "forward" not in vars(model.b)
