@@ -145,6 +145,13 @@ def _eventful(left: Occupancy) -> Tensor:
     return (0.15 + 0.85 * rows) * (0.35 + 0.65 * scattered)
 
 
+def _living(work: Workload, left: Occupancy) -> Tensor:
+    """Share of the input's channels that meet any weight: of depthwise layers, that of their own filters."""
+    if work.groups < work.inputs:
+        return left.columns.double()
+    return 1.0 - (1.0 - left.rows.double()) ** (work.outputs // work.inputs)
+
+
 class SIMD(LayerKernel):
     """Our own kernel for zeros anywhere: only weights that are left are multiplied, each with a whole vector.
 
@@ -152,6 +159,7 @@ class SIMD(LayerKernel):
     """
 
     rectifies = True
+    points = ((0.0, 1.0), (0.5, 1.0), (0.8, 1.0), (0.94, 1.0), (1.0, 1.0))  # depthwise layers pay without zeros, too
 
     @property
     def name(self) -> str:
@@ -173,7 +181,8 @@ class SIMD(LayerKernel):
     def features(self, work: Workload, left: Occupancy) -> dict[str, Tensor | float]:
         """Guessed cycles of each of its steps, with the settings it would choose, and traffic."""
         density = left.density.double()
-        done = least(work, density.numpy().reshape(-1), left.columns.double().expand_as(density).numpy().reshape(-1))
+        living = _living(work, left).expand_as(density)
+        done = least(work, density.numpy().reshape(-1), living.numpy().reshape(-1))
 
         def like_density(values: np.ndarray[Any, Any]) -> Tensor:
             return torch.from_numpy(values).view(density.shape)
@@ -185,7 +194,7 @@ class SIMD(LayerKernel):
             "copied": like_density(done.copied),
             "written": like_density(done.written),
             "stored": density * work.weights,
-            "read": left.columns * work.input_elements,
+            "read": living * work.input_elements,
             "output": float(work.output_elements),
         }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_prune.latency.pace import Pace
 from lightning_prune.latency.timing import Timing, synchroniser
 
 _UNTIMED, _IN_A_ROW = 1, 3
@@ -36,15 +38,27 @@ class TimedLayer(nn.Module):
         self.variants = nn.ModuleList(variants)
         self.active = 0
         self.synchronise = synchroniser(device)
-        self.noted = True
-        self.call = 0
+        self.noted = False
         self.pass_s = 0.0
         self.seconds: list[list[list[float]]] = [[] for _ in variants]
+        self.taken: list[list[float]] = []
 
     def begin(self, active: int, *, noted: bool = True) -> None:
         """A new pass, with this variant; its times are noted or, if it only warms caches, not."""
-        self.active, self.noted, self.call = active % len(self.variants), noted, 0
+        self.active, self.noted = active % len(self.variants), noted
         self.pass_s = 0.0
+        if noted:
+            self.taken.append([])
+
+    def end(self, *, counts: bool = True) -> None:
+        """Keep what was noted since the last end, in passes of one variant, or forget it."""
+        if counts and self.taken:
+            calls = self.seconds[self.active]
+            calls += [[] for _ in range(len(self.taken[0]) - len(calls))]
+            for taken in self.taken:
+                for call, seconds in zip(calls, taken, strict=True):
+                    call.append(seconds)
+        self.taken = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the active variant gives."""
@@ -56,11 +70,7 @@ class TimedLayer(nn.Module):
         seconds = time.perf_counter() - start
         self.pass_s += seconds
         if self.noted:
-            calls = self.seconds[self.active]
-            if self.call == len(calls):
-                calls.append([])
-            calls[self.call].append(seconds)
-            self.call += 1
+            self.taken[-1].append(seconds)
         return result
 
 
@@ -93,18 +103,30 @@ class Pass:
     layers_s: float
 
 
-def timed_passes(layers: Sequence[TimedLayer], run: Callable[[], object], rounds: int) -> Iterator[Pass]:
+def timed_passes(
+    layers: Sequence[TimedLayer], run: Callable[[], object], rounds: int, pace: Pace | None = None
+) -> Iterator[Pass]:
     """Run passes until every variant of every layer was timed `rounds` times.
 
     All layers run the variant of one number, so that the sparse ones run in a sparse network, whose weights may all
     lie in cache. Then the network runs a few times, the first of which do not count: one that is used finds its
     weights in whatever cache holds them.
 
+    Args:
+        layers: to be timed.
+        run: makes a pass of the network.
+        rounds: how often each variant is timed at least.
+        pace: of the processor: while it is slow, passes do not count and come again later.
+
     Yields:
         Each pass that counts.
     """
     most = max(len(layer.variants) for layer in layers)
-    for turn in range(passes_of(layers, rounds) // _IN_A_ROW):
+    turns = deque(range(passes_of(layers, rounds) // _IN_A_ROW))
+    while turns:
+        turn = turns.popleft()
+        start, full = time.perf_counter(), pace is None or pace.full()
+        found: list[Pass] = []
         for number in range(_UNTIMED + _IN_A_ROW):
             for layer in layers:
                 layer.begin(turn, noted=number >= _UNTIMED)
@@ -112,7 +134,15 @@ def timed_passes(layers: Sequence[TimedLayer], run: Callable[[], object], rounds
             run()
             thread, wall = time.thread_time() - thread, time.perf_counter() - wall
             if number >= _UNTIMED:
-                yield Pass(turn % most, Timing((wall,), (thread,)), sum(layer.pass_s for layer in layers))
+                found.append(Pass(turn % most, Timing((wall,), (thread,)), sum(layer.pass_s for layer in layers)))
+                full = full and (pace is None or pace.full())
+        counts = pace is None or pace.counts(time.perf_counter() - start, full=full)
+        for layer in layers:
+            layer.end(counts=counts)
+        if counts:
+            yield from found
+        else:
+            turns.append(turn)
 
 
 def passes_of(layers: Sequence[TimedLayer], rounds: int) -> int:

@@ -15,6 +15,7 @@ from lightning_prune.kernels import Dense, LayerKernel, Workload
 from lightning_prune.latency.context import Pass, TimedLayer, overhead_s, passes_of, timed_passes
 from lightning_prune.latency.machine import Machine
 from lightning_prune.latency.measurement import Measurement
+from lightning_prune.latency.pace import Pace
 from lightning_prune.latency.timing import AGREEMENT
 from lightning_prune.latency.variants import Point, points, pruned
 from lightning_prune.preparation import put
@@ -52,6 +53,7 @@ def measure_kernel(
     source: str,
     rounds: int,
     machine: Machine,
+    pace: Pace,
     advance: Callable[[float], None] = lambda share: None,
 ) -> Passes:
     """Time a kernel, and the dense layers beside it, on every layer of a model that it can run.
@@ -64,6 +66,7 @@ def measure_kernel(
         source: as for `Measurement`.
         rounds: how often each variant runs.
         machine: that this is.
+        pace: of its processor.
         advance: told after each pass what share of the passes it was.
     """
     device = torch.device(machine.kind)
@@ -82,7 +85,7 @@ def measure_kernel(
     passes: list[Pass] = []
     with torch.inference_mode(), replaced(model, timed):
         total = passes_of(list(timed.values()), rounds)
-        for one in timed_passes(list(timed.values()), run, rounds):
+        for one in timed_passes(list(timed.values()), run, rounds, pace):
             passes.append(one)
             advance(1.0 / total)
     measurements: list[Measurement] = []

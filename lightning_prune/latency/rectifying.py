@@ -12,7 +12,11 @@ from torch import Tensor, nn
 
 
 def rectifier_seconds(
-    model: nn.Module, names: Collection[str], run: Callable[[], Any], rounds: int
+    model: nn.Module,
+    names: Collection[str],
+    run: Callable[[], Any],
+    rounds: int,
+    settle: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Least seconds, in full passes, of the ReLU module behind each of the named layers.
 
@@ -21,6 +25,7 @@ def rectifier_seconds(
         names: of layers, each called once in a pass, whose output a ReLU module alone reads.
         run: makes one pass.
         rounds: how often.
+        settle: is called before each pass.
 
     Returns:
         Seconds by name; layers behind which no ReLU module was called are left out.
@@ -58,6 +63,7 @@ def rectifier_seconds(
     try:
         with torch.inference_mode():
             for _ in range(rounds + 1):
+                settle()
                 run()
                 made.clear()
     finally:

@@ -17,11 +17,12 @@ from lightning_prune.latency.context import Sequenced
 from lightning_prune.latency.fitted import fitted_cost, held_out_errors, summary
 from lightning_prune.latency.machine import Machine
 from lightning_prune.latency.measurement import Measurement, telling
+from lightning_prune.latency.pace import Pace
 from lightning_prune.latency.passes import Layers, Passes, measure_kernel
 from lightning_prune.latency.producers import producers
 from lightning_prune.latency.profile import DeviceProfile, NetworkRecord
 from lightning_prune.latency.rectifying import rectifier_seconds
-from lightning_prune.latency.timing import repeated, synchroniser
+from lightning_prune.latency.timing import synchroniser
 from lightning_prune.preparation import Prepared, in_layout, inputs_in_layout
 from lightning_prune.tracing import call
 
@@ -53,6 +54,7 @@ class Session:
         path: Path | None,
     ) -> None:
         self.machine, self.rounds, self.path, self.known = machine, rounds, path, known
+        self.pace = Pace(torch.device(machine.kind))
         self.kernels = tuple(dict.fromkeys((*(Dense(layout) for layout in LAYOUTS), *kernels)))
         self.measurements = list(known.measurements) if known else []
         self.networks = dict(known.networks) if known else {}
@@ -89,8 +91,8 @@ class Session:
                 if not dense_first and shares:
                     self._add_shares(source, layout, shares)
                 if dense_first and not known:
-                    rectifiers_s[layout] = rectifier_seconds(model, prepared.rectified, run, rounds)
-                    dense_s[layout] = _whole(run, max(rounds, 15), torch.device(self.machine.kind))
+                    rectifiers_s[layout] = rectifier_seconds(model, prepared.rectified, run, rounds, self.pace.settle)
+                    dense_s[layout] = self._whole_s(run, max(rounds, 15))
                     layers_s[layout] = self._dense_s(source, layout)
                     most_s = max(dense_s[layout] - layers_s[layout], 0.0)
                     rest_s = passes[0].rest_s if passes else math.nan  # measured before this calibration went on
@@ -170,6 +172,7 @@ class Session:
                     source=source,
                     rounds=rounds,
                     machine=self.machine,
+                    pace=self.pace,
                     advance=bar if attempt == 0 else lambda share: None,
                 )
                 if passes.quiet:
@@ -183,8 +186,19 @@ class Session:
 
     def _rounds_of(self, run: Callable[[], object]) -> int:
         """How many rounds of a kernel's usual five places fit, at least those that were asked for."""
-        pass_s = _whole(run, 3, torch.device(self.machine.kind))
-        return max(self.rounds, min(_MOST * self.rounds, int(_WHILE_S / (6 * max(pass_s, 1e-6)))))
+        room = int(_WHILE_S / (6 * max(self._whole_s(run, 3), 1e-6)))
+        return max(self.rounds, min(_MOST * self.rounds, room))
+
+    def _whole_s(self, run: Callable[[], object], rounds: int) -> float:
+        """Seconds of a whole dense pass."""
+        synchronise = synchroniser(torch.device(self.machine.kind))
+
+        def whole() -> None:
+            run()
+            synchronise()
+
+        with torch.inference_mode():
+            return self.pace.repeated(whole, rounds).best_s
 
     def _add_shares(self, source: str, layout: str, shares: tuple[tuple[float, float], ...]) -> None:
         record = self.networks[source]
@@ -254,15 +268,3 @@ class Session:
 def _is_dense(measurement: Measurement, layout: str) -> bool:
     """Whether it is of a dense layer of a network in a layout; linear layers have one time in all."""
     return measurement.kernel == Dense(LAYOUTS[0] if measurement.work.kind == "linear" else layout).name
-
-
-def _whole(run: Callable[[], object], rounds: int, device: torch.device) -> float:
-    """Seconds of a whole dense pass."""
-    synchronise = synchroniser(device)
-
-    def whole() -> None:
-        run()
-        synchronise()
-
-    with torch.inference_mode():
-        return repeated(whole, rounds).best_s

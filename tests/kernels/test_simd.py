@@ -262,3 +262,15 @@ class TestVisits:
         mask &= torch.rand(1, 24, generator=generator) < columns
         guessed = self.guessed(mask.float())
         assert 0.05 * guessed <= self.visits(mask.float()) <= guessed * (1 + 1e-9)
+
+
+def test_a_depthwise_layer_reads_the_channels_of_the_filters_that_are_left() -> None:
+    work = Workload("conv2d", 1, 8, 16, (6, 6), (6, 6), window=(3, 3), padding=(1, 1), groups=8)
+    weight = torch.ones(16, 1, 3, 3)
+    whole = SIMD().features(work, measured_occupancy(weight))
+    weight[4:] = 0.0
+    left = SIMD().features(work, measured_occupancy(weight))
+    assert float(whole["read"]) == work.input_elements
+    # Of two filters to a channel, either keeps it; a quarter of all are left.
+    assert float(left["read"]) == pytest.approx((1 - 0.75**2) * work.input_elements)
+    assert (float(left["copied"]), float(left["compute"])) < (float(whole["copied"]), float(whole["compute"]))

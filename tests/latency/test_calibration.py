@@ -125,7 +125,7 @@ def test_the_estimate_of_the_dense_network_is_its_time() -> None:
 def test_short_passes_are_timed_more_often(
     monkeypatch: pytest.MonkeyPatch, pass_s: float, rounds: int, expected: int
 ) -> None:
-    monkeypatch.setattr(module, "_whole", lambda run, times, device: pass_s)
+    monkeypatch.setattr(module.Session, "_whole_s", lambda session, run, rounds: pass_s)
     session = module.Session(Machine.here(torch.device("cpu"), torch.float32), FEW, rounds, None, None)
     assert session._rounds_of(lambda: None) == expected
 
