@@ -16,6 +16,9 @@ _SIDE, _TRIES = 64, 5
 _IN_A_ROW = 3
 """Times that an alternative is run before one looks again."""
 
+_LOST = 0.5
+"""Of the time that what counts takes, the share that timing again may take."""
+
 _SLOWER = 1.12
 """Times longer that their product takes where something else slows the processor down."""
 
@@ -29,7 +32,7 @@ class Pace:
 
     Args:
         device: that is timed; others than CPUs are taken to be at full speed.
-        patience_s: seconds that may be lost to timing again, beside as many as all that counts takes.
+        patience_s: seconds that may be lost to timing again, beside half as many as all that counts takes.
     """
 
     def __init__(self, device: torch.device, patience_s: float = 1.0) -> None:
@@ -50,7 +53,7 @@ class Pace:
 
     def counts(self, seconds: float, *, full: bool) -> bool:
         """Whether what took so long counts: if it ran at full speed, or if there is no more time to try again."""
-        counts = full or self.lost_s > self.spent_s + self.patience_s
+        counts = full or self.lost_s > _LOST * self.spent_s + self.patience_s
         if counts:
             self.spent_s += seconds
         else:

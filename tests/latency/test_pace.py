@@ -38,11 +38,11 @@ def test_other_devices_are_taken_to_be_at_full_speed(monkeypatch: pytest.MonkeyP
     assert Pace(torch.device("cuda")).full()
 
 
-def test_patience_is_as_long_as_what_counts_and_a_little_more() -> None:
+def test_patience_is_half_as_long_as_what_counts_and_a_little_more() -> None:
     pace = Pace(CPU, patience_s=1.0)
     assert pace.counts(2.0, full=True)
-    assert not any(pace.counts(1.5, full=False) for _ in range(3))
-    assert (pace.spent_s, pace.lost_s) == (2.0, 4.5)
+    assert not any(pace.counts(1.5, full=False) for _ in range(2))
+    assert (pace.spent_s, pace.lost_s) == (2.0, 3.0)
     assert pace.counts(1.5, full=False)  # nothing better is to be had
     assert pace.spent_s == 3.5
 
