@@ -143,3 +143,14 @@ def test_calibrate_says_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> 
     assert refusals(SIMD(), works, machine) == {"the SIMD kernels could not be built: no compiler": 2}
     monkeypatch.setattr(native, "_loaded", lambda: sys)
     assert not refusals(SIMD(), works, machine)
+
+
+@pytest.mark.skipif(
+    COMPILER is None or sys.platform != "linux" or "clang" in COMPILER,
+    reason="GCC's OpenMP is PyTorch's on Linux alone",
+)
+def test_the_library_runs_on_several_threads() -> None:
+    """Without OpenMP, `at::parallel_for` compiles just as well and calls nothing."""
+    path = native.library().__file__
+    assert path is not None
+    assert b"GOMP_parallel" in Path(path).read_bytes()

@@ -20,6 +20,9 @@ import torch
 _HERE = Path(__file__).parent
 _SOURCES = ("sparse.cpp", "binding.cpp")
 _FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-Wno-psabi")
+_THREADS = "-fopenmp"
+"""Without it `at::parallel_for` runs on one thread. Nothing is linked for it: PyTorch has loaded GCC's OpenMP."""
+
 _LOG = logging.getLogger(__name__)
 _TURN = threading.Lock()
 
@@ -77,13 +80,15 @@ def _build(name: str, folder: Path) -> None:
     work.mkdir(exist_ok=True)
     (work / "lock").unlink(missing_ok=True)  # of a build that was killed: torch would wait for it for ever
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+    # Clang's OpenMP is another, which PyTorch does not bring.
+    gcc = sys.platform == "linux" and "clang" not in cpp_extension.get_cxx_compiler()
     path = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join([path, str(Path(sys.executable).parent)])  # where pip puts ninja
     try:
         cpp_extension.load(
             name,
             [str(_HERE / source) for source in _SOURCES],
-            extra_cflags=[*_FLAGS, native],
+            extra_cflags=[*_FLAGS, native, *([_THREADS] if gcc else [])],
             build_directory=str(work),
             is_python_module=False,
         )
@@ -103,7 +108,7 @@ def _imported(name: str, path: Path) -> ModuleType:
 
 def _key() -> str:
     """Changes with everything that the binary depends on: sources, PyTorch, Python and the processor."""
-    parts = [torch.__version__, sys.version, platform.machine(), *_FLAGS]
+    parts = [torch.__version__, sys.version, platform.machine(), *_FLAGS, _THREADS]
     parts += [(_HERE / name).read_text(encoding="utf-8") for name in (*_SOURCES, "sparse.h")]
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
