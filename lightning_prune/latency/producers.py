@@ -55,7 +55,7 @@ def producers(
 
     silent = tree_map_only(Tensor, lambda x: torch.zeros_like(x) if x.is_floating_point() else x, example_inputs)
     handles = [module.register_forward_hook(after) for module in names]
-    own = {module: module.__dict__["forward"] for module in names if "forward" in module.__dict__}
+    own = {module: vars(module)["forward"] for module in names if "forward" in vars(module)}
     try:
         with buffers_kept(model), torch.inference_mode():
             call(model, silent)
@@ -68,8 +68,9 @@ def producers(
         for handle in handles:
             handle.remove()
         for module in names:
-            module.__dict__.pop("forward", None)
-            module.__dict__.update({"forward": own[module]} if module in own else {})
+            vars(module).pop("forward", None)
+        for module, forward in own.items():
+            vars(module)["forward"] = forward
     return {name: _grouped(arriving[name]) for name in layers if arriving[name]}
 
 

@@ -148,8 +148,10 @@ def main() -> None:
         if not any(m.kernel == kernel.name for m in seen):
             continue
         other = [m for m in others if m.kernel == kernel.name]
+        found = {"shapes": held_out_errors(kernel, own, FOLDS), **peers(kernel, own)}
         repeated = differences([m for m in seen + others if m.kernel == kernel.name], again)
-        found = {"shapes": held_out_errors(kernel, own, FOLDS), **peers(kernel, own), "again": repeated}
+        if len(repeated):
+            found["again"] = repeated
         if other:
             found["sparsities"] = errors_at_unseen(kernel, seen, others)
         results[kernel.name] = {name: summary(errors) for name, errors in found.items()}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.cpp_extension import check_compiler_is_gcc
 
 from lightning_prune.commands.calibrate import refusals
 from lightning_prune.kernels import SIMD, Workload, native
@@ -145,10 +146,7 @@ def test_calibrate_says_why_it_is_not_there(monkeypatch: pytest.MonkeyPatch) -> 
     assert not refusals(SIMD(), works, machine)
 
 
-@pytest.mark.skipif(
-    COMPILER is None or sys.platform != "linux" or "clang" in COMPILER,
-    reason="GCC's OpenMP is PyTorch's on Linux alone",
-)
+@pytest.mark.skipif(COMPILER is None or not check_compiler_is_gcc(COMPILER), reason="PyTorch brings GCC's OpenMP alone")
 def test_the_library_runs_on_several_threads() -> None:
     """Without OpenMP, `at::parallel_for` compiles just as well and calls nothing."""
     path = native.library().__file__

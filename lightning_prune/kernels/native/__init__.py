@@ -80,8 +80,7 @@ def _build(name: str, folder: Path) -> None:
     work.mkdir(exist_ok=True)
     (work / "lock").unlink(missing_ok=True)  # of a build that was killed: torch would wait for it for ever
     native = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    # Clang's OpenMP is another, which PyTorch does not bring.
-    gcc = sys.platform == "linux" and "clang" not in cpp_extension.get_cxx_compiler()
+    gcc = cpp_extension.check_compiler_is_gcc(cpp_extension.get_cxx_compiler())  # others' OpenMP PyTorch does not bring
     path = os.environ.get("PATH", "")
     os.environ["PATH"] = os.pathsep.join([path, str(Path(sys.executable).parent)])  # where pip puts ninja
     try:
