@@ -35,7 +35,7 @@ class TrialRecord:
         drop: of the accuracy; None also where it diverged.
         evaluated: whether the accuracy was measured in this trial.
         reason: why it was not.
-        seconds: that measuring took.
+        seconds: that the trial took; None where nothing was measured.
         params: name -> value, as proposed.
     """
 
@@ -56,7 +56,7 @@ class TrialRecord:
         """What a trial of Optuna says about itself."""
         known = trial.user_attrs
         accuracy = _finite(known.get("accuracy"))
-        choices = known.get("choices")
+        choices, evaluated = known.get("choices"), bool(known.get("evaluated", False))
         return cls(
             number=trial.number,
             state=trial.state.name,
@@ -65,9 +65,9 @@ class TrialRecord:
             cost=_finite(known.get("cost")),
             accuracy=accuracy,
             drop=None if accuracy is None else _finite(known.get("drop")),
-            evaluated=bool(known.get("evaluated", False)),
+            evaluated=evaluated,
             reason=known.get("reason"),
-            seconds=_finite(known.get("seconds")),
+            seconds=trial.duration.total_seconds() if evaluated and trial.duration is not None else None,
             params=dict(trial.params),
         )
 

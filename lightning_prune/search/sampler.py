@@ -167,9 +167,9 @@ def _choices(trial: FrozenTrial, space: SearchSpace, parameters: Parameters | No
     if given is None:
         found = None if parameters is None or trial.state != TrialState.RUNNING else proposed(space, *parameters)
         return None if found is None else found.candidate.choices
-    choices = tuple(int(choice) for choice in given)
-    count = len(space.entries[0])
-    return choices if len(choices) == len(space.items) and all(0 <= each < count for each in choices) else None
+    choices = tuple(map(int, given))
+    fits = len(choices) == len(space.items) and min(choices) >= 0 and max(choices) < len(space.entries[0])
+    return choices if fits else None
 
 
 def _parameters(trial: FrozenTrial, space: SearchSpace) -> Parameters | None:

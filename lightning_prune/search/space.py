@@ -138,5 +138,5 @@ class SearchSpace:
                 continue
             allocation = allocator.allocate(max(room, allocator.least_time), weights[self._owner])
             cost = float(self.cost(allocation.choices[None])[0])
-            found.append((allocation.error, Candidate(tuple(int(j) for j in allocation.choices), cost)))
+            found.append((allocation.error, Candidate(tuple(allocation.choices.tolist()), cost)))
         return min(found, key=lambda pair: (pair[0], pair[1].cost))[1] if found else None

@@ -83,13 +83,13 @@ def minimise(
 
     minimise cost(plan)   subject to   drop(plan) <= max_drop,   drop = dense - accuracy, or accuracy - dense for "min"
 
-    Every trial has the attributes `choices`, `plan`, `cost`, `accuracy`, `drop`, `evaluated`, `seconds` and `worker`,
+    Every trial has the attributes `choices`, `plan`, `cost`, `accuracy`, `drop`, `evaluated` and `worker`,
     its value is the cost, its constraint "drop" is `drop - max_drop`. A plan whose cost is not below that of the best
     so far is never evaluated (its trial is pruned, `reason` says why); nor is one that was evaluated before.
 
     Workers that give the same storage and name share one study and its evaluations; no plan is evaluated by two. The
     same call later goes on where the study ended. Trials of workers that were killed are run again: at once where the
-    worker was a process of this machine, else, in databases, once its heartbeat is missed. An evaluation that ends
+    worker was a process of this machine, else, on servers, once its heartbeat is missed. An evaluation that ends
     with Ctrl-C is run again when the study is resumed; what is returned then is what the study holds.
 
     A drop that differs from the threshold by no more than float32 rounds is taken for the threshold. An accuracy that

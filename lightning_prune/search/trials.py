@@ -118,8 +118,7 @@ class Run:
         trial.set_user_attr("plan", self.space.plan(candidate.choices).as_dict())
         if found.evaluate:
             trial.set_user_attr("evaluated", True)
-            value, seconds = self._measured(trial, candidate)
-            trial.set_user_attr("seconds", seconds)
+            value = self._measured(trial, candidate)
             self._idle = self._collisions = 0
         elif found.known:
             self._skipped(trial, found)
@@ -170,17 +169,15 @@ class Run:
         self._collisions = self._collisions + 1 if found.busy else 0
         return TrialPruned(found.reason)
 
-    def _measured(self, trial: Trial, candidate: Candidate) -> tuple[float, float]:
-        began_s = time.perf_counter()
+    def _measured(self, trial: Trial, candidate: Candidate) -> float:
         try:
             with self._interrupts.at_once():
-                value = float(self.accuracy(candidate))
+                return float(self.accuracy(candidate))
         except Exception as error:
             self._own_error = True
             # With a reason, it is not run again: it would end in the same way.
             trial.set_user_attr("reason", f"{type(error).__name__}: {error}"[:500])
             raise
-        return value, time.perf_counter() - began_s
 
     def _drop(self, value: float) -> float:
         """How much is lost, as a number that storages keep."""
@@ -215,7 +212,7 @@ class Run:
                 return
             if len(done) != last:
                 since_s, last = time.monotonic(), len(done)
-            longest_s = max((float(t.user_attrs.get("seconds", 0.0)) for t in done), default=0.0)
+            longest_s = max((t.duration.total_seconds() for t in done if t.duration is not None), default=0.0)
             if self._stopped is None and time.monotonic() - since_s > max(_SILENCE_S, 10 * longest_s):
                 self._stopped = "exhausted"
             if self._stopped is None and time.monotonic() >= self._ends_s:

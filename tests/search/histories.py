@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import optuna
@@ -56,21 +57,22 @@ def add(made: optuna.Study, trial: TrialRecord) -> None:
     pruned = trial.state == "PRUNED"
     diverged = trial.evaluated and trial.accuracy is None
     attributes = {"choices": list(trial.choices or ()), "plan": trial.plan, "cost": trial.cost, "worker": "1-2-3"}
-    attributes |= {"evaluated": trial.evaluated, "reason": trial.reason, "seconds": trial.seconds}
+    attributes |= {"evaluated": trial.evaluated, "reason": trial.reason}
     attributes |= {"accuracy": trial.accuracy, "drop": 1e6 if diverged else trial.drop}
     ranges: dict[str, BaseDistribution] = {
         name: FloatDistribution(0, 1) if name == "budget" else FloatDistribution(math.exp(-3), math.exp(3), log=True)
         for name in trial.params
     }
-    made.add_trial(
-        optuna.trial.create_trial(
-            state=optuna.trial.TrialState[trial.state],
-            params=dict(trial.params),
-            distributions=ranges,
-            value=None if pruned else trial.cost,
-            user_attrs={key: value for key, value in attributes.items() if value is not None},
-        )
+    ended = optuna.trial.create_trial(
+        state=optuna.trial.TrialState[trial.state],
+        params=dict(trial.params),
+        distributions=ranges,
+        value=None if pruned else trial.cost,
+        user_attrs={key: value for key, value in attributes.items() if value is not None},
     )
+    assert ended.datetime_start is not None
+    ended.datetime_complete = ended.datetime_start + timedelta(seconds=trial.seconds or 0.0)
+    made.add_trial(ended)
 
 
 def result(name: str = "net.0.weight", **options: Any) -> SearchResult:
