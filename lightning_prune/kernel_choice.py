@@ -136,7 +136,7 @@ class Choice:
         rivals: dict[str, list[LayerKernel]] = {}
         for name, layer in self.layers.items():
             usable = self._usable(name, layout)
-            if not (layer.weight == 0).any():
+            if self.profile is None and not (layer.weight == 0).any():
                 usable = [kernel for kernel in usable if not kernel.uses_sparsity]
             if self.profile is not None and len(usable) > 1:
                 estimates = {kernel: self._estimate(name, kernel, layout) for kernel in usable}

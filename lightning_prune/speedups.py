@@ -56,17 +56,10 @@ def speedup_curves(
     >>> round(curve.at(0.5), 2), round(curve.pays_from, 2)
     (2.0, 0.02)
     """
-    table = estimator.table
-    grid = torch.tensor(_GRID, dtype=torch.float64)
-    times = estimator.kernel_latency_s(grid[:, None].expand(-1, len(table)), granularity)
-    layout = estimator.best_layout(torch.zeros(len(table), dtype=torch.float64), granularity)
+    least, dense = estimator.pruned_alone_s(torch.tensor(_GRID, dtype=torch.float64), granularity)
     pays_from = estimator.break_even(granularity).tolist()
-    costs = [estimator.profile.costs[name] for name in estimator.kernels]
-    curves = []
-    for row, spec in enumerate(table):
-        usable = [k for k, cost in enumerate(costs) if spec.kind == "linear" or cost.layout in (None, layout)]
-        least = times[:, row, usable].amin(dim=1)
-        if float(least[0]) > 0:  # otherwise its time is part of the fixed part
-            speedups = tuple((least[0] / least).tolist())
-            curves.append(SpeedupCurve(spec.name, float(least[0]), _GRID, speedups, pays_from[row]))
-    return tuple(curves)
+    return tuple(
+        SpeedupCurve(spec.name, float(dense[row]), _GRID, tuple((dense[row] / least[:, row]).tolist()), pays_from[row])
+        for row, spec in enumerate(estimator.table)
+        if dense[row] > 0  # otherwise its time is part of the fixed part
+    )

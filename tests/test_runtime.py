@@ -157,7 +157,7 @@ def test_gives_what_the_masked_model_gives(
     assert report.measured_s > 0
     assert all(row.layer in str(report) for row in report.layers)
     assert all(math.isnan(row.pays_from) != known for row in report.layers)
-    if sparsity == 0.0:
+    if sparsity == 0.0 and not known:  # by the estimate, some kernels need no zeros to be faster
         assert {row.kernel.removesuffix("-nhwc") for row in report.layers} == {"dense"}
 
 

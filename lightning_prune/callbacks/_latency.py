@@ -29,7 +29,6 @@ class Latency:
 
     def __init__(self, profile: DeviceProfile, table: LayerTable) -> None:
         self.estimator = LatencyEstimator(table, profile)
-        self._dense: dict[tuple[Granularity, ...], float] = {}
         self.calls = table[0].calls
 
     def scalars(self, counts: Mapping[str, Count], granularities: Mapping[str, Granularity]) -> dict[str, float]:
@@ -42,9 +41,7 @@ class Latency:
         names = self.estimator.table.names
         patterns = tuple(granularities.get(name, Unstructured()) for name in names)
         sparsity = torch.tensor([counts[name].sparsity for name in names], dtype=torch.float64)
-        if patterns not in self._dense:
-            self._dense[patterns] = float(self.estimator.latency_s(torch.zeros_like(sparsity), patterns))
-        now_s, dense_s = float(self.estimator.latency_s(sparsity, patterns)), self._dense[patterns]
+        now_s, dense_s = float(self.estimator.latency_s(sparsity, patterns)), self.estimator.dense_latency_s
         return dict(zip(TAGS, (now_s * 1e3, dense_s * 1e3, dense_s / now_s), strict=True))
 
     def line(self, scalars: Mapping[str, float]) -> str:

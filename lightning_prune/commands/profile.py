@@ -113,9 +113,13 @@ def _estimated(estimator: LatencyEstimator, network: nn.Module, patterns: Sequen
     table: LayerTable = estimator.table
     zeros = metrics.parameter_sparsity(network)
     sparsity = torch.tensor([zeros[name] for name in table.names], dtype=torch.float64)
-    dense = torch.zeros_like(sparsity)
-    seconds, dense_s = (estimator.kernel_latency_s(each, patterns) for each in (sparsity, dense))
-    chosen, dense_chosen = (estimator.best_kernels(each, patterns).tolist() for each in (sparsity, dense))
+    seconds, chosen = (
+        estimator.kernel_latency_s(sparsity, patterns),
+        estimator.best_kernels(sparsity, patterns).tolist(),
+    )
+    dense = estimator.dense
+    nothing = torch.zeros_like(sparsity)
+    dense_s, dense_chosen = dense.kernel_latency_s(nothing), dense.best_kernels(nothing).tolist()
     pays_from = [float(estimator.break_even(pattern)[row]) for row, pattern in enumerate(patterns)]
     rows = tuple(
         LayerReport(
@@ -135,7 +139,7 @@ def _estimated(estimator: LatencyEstimator, network: nn.Module, patterns: Sequen
         estimator.best_layout(sparsity, patterns),
         float(estimator.latency_s(sparsity, patterns)),
         math.nan,
-        float(estimator.latency_s(dense, patterns)),
+        estimator.dense_latency_s,
         math.nan,
     )
 

@@ -72,6 +72,11 @@ def rectified(
     return (seconds - saved).maximum(_LEAST_SHARE * seconds)
 
 
+def uses_sparsity(cost: FittedCost | RooflineCost) -> bool:
+    """Whether a kernel is faster the more zeros it meets."""
+    return cost.kernel.uses_sparsity if isinstance(cost, FittedCost) else cost.skips != "nothing"
+
+
 class Compiler:
     """Turns the patterns of a plan into curves.
 
@@ -204,16 +209,12 @@ class Compiler:
         times = torch.stack(rows).mean(dim=-1)
         # What is hardly faster than the kernel that looks for no zeros is not faster: of several noisy estimates the
         # least is too low. `accelerate` asks for the same margin.
-        plain = [k for k, index in enumerate(kernels) if index in usable and not self._uses_sparsity(index)]
+        costs = [self.profile.costs[self.kernels[index]] for index in kernels]
+        plain = [k for k, index in enumerate(kernels) if index in usable and not uses_sparsity(costs[k])]
         if plain:
             dense = times[plain].amin(dim=0)
             times = torch.where(times > MARGIN * dense, times.maximum(dense), times)
-            times[:, 0, -1] = times[:, 0, -1].maximum(dense[0, -1])
         return times
-
-    def _uses_sparsity(self, index: int) -> bool:
-        cost = self.profile.costs[self.kernels[index]]
-        return cost.kernel.uses_sparsity if isinstance(cost, FittedCost) else cost.skips != "nothing"
 
     def _livings(
         self, inputs: Mapping[str, Producers], patterns: tuple[Granularity, ...]

@@ -5,7 +5,6 @@ Timed alone, layers add up to 7 to 25 % less than the network that they make up.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -20,9 +19,6 @@ from lightning_prune.latency.timing import Timing, synchroniser
 
 _UNTIMED, _IN_A_ROW = 1, 3
 """Passes with the same variants: to warm caches, and to be timed."""
-
-_TRIES, _CALLS = 7, 100
-"""Of measuring what timing itself costs: the least of so many tries of so many calls."""
 
 
 class TimedLayer(nn.Module):
@@ -72,20 +68,6 @@ class TimedLayer(nn.Module):
         if self.noted:
             self.taken[-1].append(seconds)
         return result
-
-
-def overhead_s(device: torch.device) -> float:
-    """Seconds that a call of a `TimedLayer` adds to a pass beside what it notes."""
-    layer, x = TimedLayer([nn.Identity()], device), torch.zeros(1, device=device)
-    best = math.inf
-    with torch.inference_mode():
-        for _ in range(_TRIES):
-            layer.begin(0, noted=False)
-            start = time.perf_counter()
-            for _ in range(_CALLS):
-                layer(x)
-            best = min(best, time.perf_counter() - start - layer.pass_s)
-    return best / _CALLS
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from lightning_prune.granularities import Granularity, Unstructured
 from lightning_prune.kernels import NCHW
 from lightning_prune.kernels.workload import runnable
-from lightning_prune.latency.compiled import MARGIN, Compiled, Compiler, LayoutCurves, rectified
+from lightning_prune.latency.compiled import MARGIN, Compiled, Compiler, LayoutCurves, rectified, uses_sparsity
 from lightning_prune.latency.fitted import FittedCost
 from lightning_prune.latency.profile import DeviceProfile, digest
 from lightning_prune.latency.roofline import RooflineCost
@@ -45,6 +46,7 @@ class LatencyEstimator:
         profile: of the machine. If the network itself was calibrated, its own times and its fixed part count;
             otherwise layers are estimated from others, and the fixed part in proportion to the outputs.
         quantized: whether kernels count that are not exact, which run layers of quantised twins alone.
+        sparse: whether kernels count that make use of zeros; where the profile has no others, they do.
 
     Raises:
         ValueError: the profile can cost no kernel for a layer that it would have to.
@@ -59,14 +61,18 @@ class LatencyEstimator:
     tensor([0.0010, 0.0005], dtype=torch.float64)
     """
 
-    def __init__(self, table: LayerTable, profile: DeviceProfile, *, quantized: bool = False) -> None:
+    def __init__(
+        self, table: LayerTable, profile: DeviceProfile, *, quantized: bool = False, sparse: bool = True
+    ) -> None:
         self.table, self.profile = table, profile
         self.network = profile.network(table)
-        self.kernels: tuple[str, ...] = tuple(
+        kernels = [
             name
             for name, cost in profile.costs.items()
             if quantized or not isinstance(cost, FittedCost) or cost.kernel.exact
-        )
+        ]
+        plain = [name for name in kernels if not uses_sparsity(profile.costs[name])]
+        self.kernels: tuple[str, ...] = tuple(kernels if sparse or not plain else plain)
         works = runnable(table)
         if self.network is not None:
             works = {name: calls for name, calls in works.items() if name in self.network.layers}
@@ -135,6 +141,23 @@ class LatencyEstimator:
             return torch.stack(totals).amin(dim=0) if len(totals) > 1 else totals[0]
 
         return self._chunked(sparsity, compiled, seconds, ())
+
+    @cached_property
+    def dense(self) -> LatencyEstimator:
+        """The same with the kernels alone that make no use of zeros: of the network as it was before."""
+        return LatencyEstimator(self.table, self.profile, sparse=False)
+
+    @cached_property
+    def dense_latency_s(self) -> float:
+        """Estimated seconds of a pass of the network without zeros, run by kernels that would make no use of them.
+
+        `latency_s` of zero sparsities can be less: some kernels are faster than the dense one even without a zero.
+        """
+        return float(self.dense.latency_s(self._no_zeros))
+
+    @property
+    def _no_zeros(self) -> Tensor:
+        return torch.zeros(len(self.table), dtype=torch.float64)
 
     def layer_latency_s(self, sparsity: Tensor, pattern: Pattern = Unstructured()) -> list[tuple[Tensor, float]]:  # noqa: B008
         """What `latency_s` is made of, per memory layout: of each layer with its fastest kernel, and of the rest.
@@ -219,6 +242,32 @@ class LatencyEstimator:
         layouts = {self.profile.costs[self.kernels[index]].layout for index in kernels.tolist() if index >= 0}
         return next((layout for layout in layouts if layout not in (None, NCHW)), NCHW)
 
+    def pruned_alone_s(self, grid: Tensor, pattern: Granularity = Unstructured()) -> tuple[Tensor, Tensor]:  # noqa: B008
+        """Seconds of each layer with its fastest kernel, in the layout that suits the dense network, over sparsity.
+
+        Args:
+            grid: sparsities, `[n]`.
+            pattern: of the zeros.
+
+        Returns:
+            `[n, layers]`, and `[layers]` without zeros, run by kernels that would make no use of them; NaN for layers
+            of the fixed part.
+        """
+        layout = self.dense.best_layout(self._no_zeros)
+        pruned = self.kernel_latency_s(grid[:, None].expand(-1, len(self.table)), pattern)
+        dense = self.dense.kernel_latency_s(self._no_zeros)
+        least, least_dense = (
+            pruned.new_full((len(grid), len(self.table)), math.nan),
+            dense.new_full(dense.shape[:1], math.nan),
+        )
+        for row, spec in enumerate(self.table):
+            if spec.name in self._works:
+                fitting = [self._compiler.fits_layout(name, spec.kind, layout) for name in self.kernels]
+                least[:, row] = pruned[:, row, fitting].amin(dim=1)
+                fitting = [self._compiler.fits_layout(name, spec.kind, layout) for name in self.dense.kernels]
+                least_dense[row] = dense[row, fitting].amin()
+        return least, least_dense
+
     def break_even(self, pattern: Granularity = Unstructured()) -> Tensor:  # noqa: B008
         """The sparsity from which each layer is faster than dense in the layout that suits the dense network.
 
@@ -226,18 +275,11 @@ class LatencyEstimator:
             `[layers]`; infinite where no sparsity below 1 pays, NaN for layers of the fixed part.
         """
         grid = torch.linspace(0.0, 0.999, 1000, dtype=torch.float64)
-        times = self.kernel_latency_s(grid[:, None].expand(-1, len(self.table)), pattern)
-        layout = self.best_layout(torch.zeros(len(self.table), dtype=torch.float64), pattern)
-        result = torch.full((len(self.table),), math.nan, dtype=torch.float64)
-        for row, spec in enumerate(self.table):
-            if spec.name not in self._works:
-                continue
-            usable = [k for k, name in enumerate(self.kernels) if self._compiler.fits_layout(name, spec.kind, layout)]
-            least = times[:, row, usable].amin(dim=1)
-            slower = (least >= MARGIN * least[0]).nonzero().flatten()
-            last = int(slower[-1]) if len(slower) else 0
-            result[row] = grid[last + 1] if last + 1 < len(grid) else math.inf
-        return result
+        least, dense = self.pruned_alone_s(grid, pattern)
+        # From behind the last place at which it is not faster.
+        slower = (least >= MARGIN * dense).flip(0).int()
+        first = torch.where(slower.any(dim=0), len(grid) - slower.argmax(dim=0), 0)
+        return torch.cat([grid, grid.new_tensor([math.inf])])[first].masked_fill(dense.isnan(), math.nan)
 
     def macs(self, sparsity: Tensor) -> Tensor:
         """Multiply-accumulates that remain, `[..., layers]` -> `[...]`, as `LayerTable.macs` counts them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,16 @@ import torch
 from torch import nn
 
 from lightning_prune.kernels import Dense, LayerKernel, Workload
-from lightning_prune.latency.context import Pass, TimedLayer, overhead_s, passes_of, timed_passes
+from lightning_prune.latency.context import Pass, TimedLayer, passes_of, timed_passes
 from lightning_prune.latency.machine import Machine
 from lightning_prune.latency.measurement import Measurement
 from lightning_prune.latency.pace import Pace
-from lightning_prune.latency.timing import AGREEMENT
+from lightning_prune.latency.timing import AGREEMENT, synchroniser
 from lightning_prune.latency.variants import Point, points, pruned
 from lightning_prune.preparation import put
+
+_FEWEST = 3
+"""Passes of one variant in which nothing is timed but the whole."""
 
 Layers = Mapping[str, tuple[nn.Linear | nn.Conv2d, tuple[Workload, ...]]]
 """Module name -> the layer and the calls that one pass makes of it."""
@@ -31,15 +34,15 @@ class Passes:
     Args:
         measurements: per layer call and variant.
         dense_s: per layer call, the least time of the dense layer in the same passes.
-        shares: per variant, the layers' least times added up, and the least time of a pass, as shares of those of the
-            dense passes beside it.
-        rest_s: what of the dense passes is not spent in layers: the least, the timing's own share taken off.
+        wholes: for the dense pass, and for those whose layers are faster, the layers' least times added up, and the
+            least time of a pass in which nothing is timed but the whole.
+        rest_s: what of such a dense pass is not spent in layers.
         quiet: whether the process had its core to itself.
     """
 
     measurements: tuple[Measurement, ...]
     dense_s: Mapping[Workload, float]
-    shares: tuple[tuple[float, float], ...]
+    wholes: tuple[tuple[float, float], ...]
     rest_s: float
     quiet: bool
 
@@ -54,6 +57,7 @@ def measure_kernel(
     rounds: int,
     machine: Machine,
     pace: Pace,
+    wholes: bool = True,
     advance: Callable[[float], None] = lambda share: None,
 ) -> Passes:
     """Time a kernel, and the dense layers beside it, on every layer of a model that it can run.
@@ -67,6 +71,7 @@ def measure_kernel(
         rounds: how often each variant runs.
         machine: that this is.
         pace: of its processor.
+        wholes: whether to time whole passes as well, for `wholes` and `rest_s`.
         advance: told after each pass what share of the passes it was.
     """
     device = torch.device(machine.kind)
@@ -102,30 +107,45 @@ def measure_kernel(
     wall = sum(one.whole.wall_s[0] for one in passes)
     thread = sum(one.whole.thread_s[0] for one in passes)
     single = machine.kind == "cpu" and machine.threads == 1
-    clock_s = overhead_s(device) * sum(len(works) for _, works in layers.values())
-    outside = min(one.whole.wall_s[0] - one.layers_s for one in passes if one.number == 0)
-    return Passes(
-        tuple(measurements),
-        dense_s,
-        _shares(passes, list(timed.values()), clock_s),
-        outside - clock_s,
-        not single or wall - thread <= AGREEMENT * wall,
-    )
+    quiet = not single or wall - thread <= AGREEMENT * wall
+    if not wholes:
+        return Passes(tuple(measurements), dense_s, (), math.nan, quiet)
+
+    def whole_s(number: int) -> float:
+        variants = {name: layer.variants[number % len(layer.variants)] for name, layer in timed.items()}
+        return _whole_s(model, variants, run, max(_FEWEST, rounds // 2), device, pace)
+
+    inside = [
+        sum(min(times) for layer in timed.values() for times in layer.seconds[number % len(layer.variants)])
+        for number in range(max(len(layer.variants) for layer in timed.values()))
+    ]
+    seconds = {number: whole_s(number) for number, layers_s in enumerate(inside) if layers_s <= inside[0]}
+    rest_s = seconds[0] - min(one.layers_s for one in passes if one.number == 0)
+    pairs = tuple((inside[number], whole) for number, whole in seconds.items())
+    return Passes(tuple(measurements), dense_s, pairs, rest_s, quiet)
 
 
-def _shares(passes: Sequence[Pass], layers: Sequence[TimedLayer], clock_s: float) -> tuple[tuple[float, float], ...]:
-    """How layers' time, and that of a pass without its clocks, differ from the dense pass for each other variant."""
-    whole: dict[int, float] = {}
-    for one in passes:
-        whole[one.number] = min(one.whole.wall_s[0] - clock_s, whole.get(one.number, math.inf))
-    inside = {
-        number: sum(min(times) for layer in layers for times in layer.seconds[number % len(layer.variants)])
-        for number in whole
-    }
-    dense_s, dense_layers_s = whole.pop(0), inside.pop(0)
-    if dense_s <= 0 or dense_layers_s <= 0:  # an empty pass, shorter than its clocks
-        return ()
-    return tuple((inside[number] / dense_layers_s, max(whole[number], 0.0) / dense_s) for number in whole)
+def _whole_s(
+    model: nn.Module,
+    variants: Mapping[str, nn.Module],
+    run: Callable[[], Any],
+    rounds: int,
+    device: torch.device,
+    pace: Pace,
+) -> float:
+    """Least seconds of passes with these layers in which nothing is timed but the whole.
+
+    What clocks around layers take cannot be taken off: where layers fill the caches with their data, a clock's code
+    takes three times as long as it does when it is called again and again.
+    """
+    synchronise = synchroniser(device)
+
+    def whole() -> None:
+        run()
+        synchronise()
+
+    with torch.inference_mode(), replaced(model, variants):
+        return pace.repeated(whole, rounds).best_s
 
 
 class replaced:

@@ -18,6 +18,7 @@ from lightning_prune.kernels import ALL_KERNELS, LAYOUTS, LayerKernel, Workload
 from lightning_prune.latency.fitted import FamilyFit, FittedCost, HeldOutError
 from lightning_prune.latency.machine import Machine
 from lightning_prune.latency.measurement import Measurement, telling
+from lightning_prune.latency.rest import rest_of
 from lightning_prune.latency.roofline import RooflineCost
 from lightning_prune.layers import LayerTable
 
@@ -39,9 +40,8 @@ class NetworkRecord:
         fixed_s: per layout, time of a dense pass that is not spent in those layers.
         dense_s: per layout, time of a whole dense pass.
         layers_s: per layout, the least times of the dense layers, added up: less than they take in any one pass.
-        shares: per layout, for passes with sparse layers, the layers' least times added up, and the least time of a
-            pass, as shares of those of the dense pass beside it: what layers leave in cache makes the rest of a pass
-            faster or slower.
+        passes: per layout, for passes with sparse layers, seconds of the layers, as `layers_s`, and of the whole: what
+            layers leave in cache makes the rest of a pass faster or slower.
         output_elements: numbers that the timed layers give in a pass.
         producers: per layer, where its inputs come from.
         rectifiers_s: per layout and layer whose output a ReLU module alone reads, seconds of that ReLU in a pass: a
@@ -54,7 +54,7 @@ class NetworkRecord:
     fixed_s: Mapping[str, float]
     dense_s: Mapping[str, float]
     layers_s: Mapping[str, float]
-    shares: Mapping[str, tuple[tuple[float, float], ...]]
+    passes: Mapping[str, tuple[tuple[float, float], ...]]
     producers: Mapping[str, Producers]
     rectifiers_s: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
@@ -65,24 +65,8 @@ class NetworkRecord:
                 raise ValueError(f"network {self.name!r}: times are finite and not negative, got {dict(times)}")
 
     def rest(self, layout: str) -> tuple[float, float]:
-        """A pass as `a + (1 + b) t` of the time `t` that its layers add up to, through the dense pass.
-
-        Of the dense pass, a share goes with the layers' time, at least what they add up to: the one that fits the
-        passes with sparse layers best. Where there are none, it is all but the fixed part.
-
-        Returns:
-            `a`, seconds, and `b`, by least squares over the relative errors of `shares`.
-        """
-        whole_s, added_s = self.dense_s[layout], self.layers_s[layout]
-        if whole_s <= 0 or added_s <= 0:
-            return self.fixed_s[layout], 0.0
-        pairs = [(layers, whole) for layers, whole in self.shares.get(layout, ()) if whole > 1e-6]
-        squares = sum(((1.0 - layers) / whole) ** 2 for layers, whole in pairs)
-        share = 1.0 - min(self.fixed_s[layout] / whole_s, 1.0)
-        if squares:
-            share = sum((1.0 - layers) * (1.0 - whole) / whole**2 for layers, whole in pairs) / squares
-        share = min(max(share, added_s / whole_s), 1.0)
-        return (1.0 - share) * whole_s, share * whole_s / added_s - 1.0
+        """A pass as `a + (1 + b) t` of the time `t` that its layers add up to: `a`, seconds, and `b`."""
+        return rest_of(((self.layers_s[layout], self.dense_s[layout]), *self.passes.get(layout, ())))
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -103,7 +87,7 @@ class NetworkRecord:
             },
             {
                 layout: tuple((float(layers), float(whole)) for layers, whole in pairs)
-                for layout, pairs in data.get("shares", {}).items()
+                for layout, pairs in data.get("passes", {}).items()
             },
             {
                 layer: tuple((float(share), tuple(names)) for share, names in groups)

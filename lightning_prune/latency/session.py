@@ -28,6 +28,9 @@ from lightning_prune.tracing import call
 
 _logger = logging.getLogger(__name__)
 
+_SPREAD = "spread"
+"""Source of the measurements of shapes beside the network's."""
+
 _IN_ONE_PASS = 30
 """Shapes beside the network's that are timed in one pass."""
 
@@ -87,9 +90,8 @@ class Session:
                 kernels = [k for k in self.kernels if k.layout == layout and k.uses_sparsity != dense_first]
                 rounds = rounds or self._rounds_of(run)
                 passes = self._measure(kernels, model, layers, run, source, bar, rounds)
-                shares = tuple(share for one in passes for share in one.shares)
-                if not dense_first and shares:
-                    self._add_shares(source, layout, shares)
+                if not dense_first:
+                    self._add_wholes(source, layout, passes)
                 if dense_first and not known:
                     rectifiers_s[layout] = rectifier_seconds(model, prepared.rectified, run, rounds, self.pace.settle)
                     dense_s[layout] = self._whole_s(run, max(rounds, 15))
@@ -143,7 +145,7 @@ class Session:
                 layers: Layers = {f"layers.{i}": (sequence.layers[i], (w,)) for i, w in enumerate(part)}  # type: ignore[index,misc]
                 usable = [k for k in self.kernels if k.layout == layout and not (dense_only and k.uses_sparsity)]
                 kernels = sorted(usable, key=lambda k: k.uses_sparsity)
-                self._measure(kernels, sequence, layers, sequence, "spread", bar, self.rounds)
+                self._measure(kernels, sequence, layers, sequence, _SPREAD, bar, self.rounds)
 
     def _measure(
         self,
@@ -173,13 +175,15 @@ class Session:
                     rounds=rounds,
                     machine=self.machine,
                     pace=self.pace,
+                    wholes=source != _SPREAD,
                     advance=bar if attempt == 0 else lambda share: None,
                 )
                 if passes.quiet:
                     break
             self.quiet &= passes.quiet
+            passes = self._at_first_speed(passes, kernel, source)
             if passes.measurements:
-                self.measurements += self._at_first_speed(passes, kernel, source)
+                self.measurements += passes.measurements
                 self.save()
             done.append(passes)
         return done
@@ -200,21 +204,26 @@ class Session:
         with torch.inference_mode():
             return self.pace.repeated(whole, rounds).best_s
 
-    def _add_shares(self, source: str, layout: str, shares: tuple[tuple[float, float], ...]) -> None:
+    def _add_wholes(self, source: str, layout: str, passes: Sequence[Passes]) -> None:
         record = self.networks[source]
-        together = {**record.shares, layout: (*record.shares.get(layout, ()), *shares)}
-        self.networks[source] = replace(record, shares=together)
+        wholes = (*record.passes.get(layout, ()), *(pair for one in passes for pair in one.wholes))
+        if wholes:
+            self.networks[source] = replace(record, passes={**record.passes, layout: wholes})
 
-    def _at_first_speed(self, passes: Passes, kernel: LayerKernel, source: str) -> list[Measurement]:
+    def _at_first_speed(self, passes: Passes, kernel: LayerKernel, source: str) -> Passes:
         if isinstance(kernel, Dense):
-            return list(passes.measurements)
+            return passes
         first: dict[Workload, list[float]] = {}
         for m in self.measurements:
             if m.source == source and _is_dense(m, kernel.layout):
                 first.setdefault(m.work, []).append(m.seconds)
         both = [work for work in passes.dense_s if work in first]
         speed = sum(sum(first[work]) for work in both) / sum(passes.dense_s[work] for work in both) if both else 1.0
-        return [replace(m, seconds=m.seconds * speed) for m in passes.measurements]
+        return replace(
+            passes,
+            measurements=tuple(replace(m, seconds=m.seconds * speed) for m in passes.measurements),
+            wholes=tuple((layers_s * speed, whole_s * speed) for layers_s, whole_s in passes.wholes),
+        )
 
     def _dense_s(self, source: str, layout: str) -> float:
         """Seconds of a network's layers when dense."""

@@ -63,11 +63,11 @@ def executed(
     result = replace(
         result,
         latency_s=float(estimator.latency_s(shares, patterns)) if twin is None else latency_s,
-        dense_latency_s=float(estimator.latency_s(torch.zeros_like(shares))),
+        dense_latency_s=estimator.dense_latency_s,
     )
     machine = estimator.profile.machine
     details = {**result.details, "device": machine.device, "threads": machine.threads, "dtype": machine.dtype}
-    if machine.kind == "analytic" or not (len(plan) or result.bits):  # there is nothing to prove
+    if machine.kind == "analytic":  # it cannot be executed here
         return replace(result, details={**details, "layers": layer_details(network)})
     run = network if twin is None else twin
     report = accelerate(run, example_inputs, estimator.profile, kernels=ALL_KERNELS).kernel_report()

@@ -66,8 +66,8 @@ def scalar(profile: DeviceProfile, table: Any, sparsity: Sequence[float], patter
             best = math.inf
             for times in at_knots.values():
                 honest = [
-                    max(t, dense) if math.isfinite(dense) and (t > MARGIN * dense or knot == 0) else t
-                    for knot, t, dense in zip(knots.tolist(), times, plain, strict=True)
+                    max(t, dense) if math.isfinite(dense) and t > MARGIN * dense else t
+                    for t, dense in zip(times, plain, strict=True)
                 ]
                 best = min(best, float(np.interp(s, knots.numpy(), honest)))
             total += best
@@ -263,6 +263,22 @@ def test_break_even_is_where_a_sparse_kernel_passes_dense() -> None:
     first, second = LatencyEstimator(table, profile).break_even().tolist()
     assert first == pytest.approx(0.628, abs=0.002)
     assert second == math.inf
+
+
+def test_a_kernel_may_be_faster_than_dense_without_a_zero() -> None:
+    table = layer_table(nn.Sequential(nn.Linear(1000, 1000), nn.Linear(1000, 10)), torch.ones(100, 1000))
+    dense = RooflineCost("dense", 1e9, 1e15)
+    sparse = RooflineCost("sparse", 2e9, 1e15, overhead_s=1e-3, skips="unstructured")
+    estimator = LatencyEstimator(table, analytic(dense=dense, sparse=sparse))
+    # Dense 0.1 s and 1 ms; sparse 51 ms and 1.5 ms.
+    assert estimator.dense_latency_s == pytest.approx(0.101)
+    assert float(estimator.latency_s(torch.zeros(2))) == pytest.approx(0.052)
+    assert estimator.break_even().tolist() == [0.0, math.inf]
+    pruned, alone = estimator.pruned_alone_s(torch.tensor([0.0, 0.5]))
+    assert alone.tolist() == pytest.approx([0.1, 0.001])
+    assert pruned.flatten().tolist() == pytest.approx([0.051, 0.001, 0.026, 0.001])
+    only = LatencyEstimator(table, analytic(sparse=sparse))
+    assert only.dense_latency_s == pytest.approx(0.0525)
 
 
 def test_more_sparsity_is_not_slower() -> None:
