@@ -5,6 +5,7 @@ Timed alone, layers add up to 7 to 25 % less than the network that they make up.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -70,6 +71,10 @@ class TimedLayer(nn.Module):
         return result
 
 
+_HOPELESS = 1.5
+"""Times longer than with the first variants that passes take whose variants nobody would choose."""
+
+
 @dataclass(frozen=True)
 class Pass:
     """One pass that counts.
@@ -88,7 +93,7 @@ class Pass:
 def timed_passes(
     layers: Sequence[TimedLayer], run: Callable[[], object], rounds: int, pace: Pace | None = None
 ) -> Iterator[Pass]:
-    """Run passes until every variant of every layer was timed `rounds` times.
+    """Run passes until every variant of every layer was timed `rounds` times, hopelessly slow ones a few times only.
 
     All layers run the variant of one number, so that the sparse ones run in a sparse network, whose weights may all
     lie in cache. Then the network runs a few times, the first of which do not count: one that is used finds its
@@ -105,8 +110,11 @@ def timed_passes(
     """
     most = max(len(layer.variants) for layer in layers)
     turns = deque(range(passes_of(layers, rounds) // _IN_A_ROW))
+    least: dict[int, float] = {}
     while turns:
         turn = turns.popleft()
+        if least.get(turn % most, 0.0) > _HOPELESS * least.get(0, math.inf):
+            continue
         start, full = time.perf_counter(), pace is None or pace.full()
         found: list[Pass] = []
         for number in range(_UNTIMED + _IN_A_ROW):
@@ -122,13 +130,14 @@ def timed_passes(
         for layer in layers:
             layer.end(counts=counts)
         if counts:
+            least[turn % most] = min(least.get(turn % most, math.inf), *(one.whole.wall_s[0] for one in found))
             yield from found
         else:
             turns.append(turn)
 
 
 def passes_of(layers: Sequence[TimedLayer], rounds: int) -> int:
-    """How many passes count when every variant is timed at least `rounds` times."""
+    """How many passes count, at most, when every variant is timed at least `rounds` times."""
     return max(len(layer.variants) for layer in layers) * -(-rounds // _IN_A_ROW) * _IN_A_ROW
 
 

@@ -23,6 +23,9 @@ from lightning_prune.preparation import put
 _FEWEST = 3
 """Passes of one variant in which nothing is timed but the whole."""
 
+_FASTER = 0.9
+"""Share of the dense layers' time below which a pass says more than the dense one."""
+
 Layers = Mapping[str, tuple[nn.Linear | nn.Conv2d, tuple[Workload, ...]]]
 """Module name -> the layer and the calls that one pass makes of it."""
 
@@ -34,9 +37,9 @@ class Passes:
     Args:
         measurements: per layer call and variant.
         dense_s: per layer call, the least time of the dense layer in the same passes.
-        wholes: for the dense pass, and for those whose layers are faster, the layers' least times added up, and the
-            least time of a pass in which nothing is timed but the whole.
-        rest_s: what of such a dense pass is not spent in layers.
+        wholes: for passes whose layers are faster than dense ones, the layers' least times added up, and the least time
+            of a pass in which nothing is timed but the whole.
+        rest_s: what of such a dense pass is not spent in layers; NaN except for dense kernels.
         quiet: whether the process had its core to itself.
     """
 
@@ -119,9 +122,11 @@ def measure_kernel(
         sum(min(times) for layer in timed.values() for times in layer.seconds[number % len(layer.variants)])
         for number in range(max(len(layer.variants) for layer in timed.values()))
     ]
-    seconds = {number: whole_s(number) for number, layers_s in enumerate(inside) if layers_s <= inside[0]}
-    rest_s = seconds[0] - min(one.layers_s for one in passes if one.number == 0)
-    pairs = tuple((inside[number], whole) for number, whole in seconds.items())
+    faster = [number for number, layers_s in enumerate(inside) if layers_s < _FASTER * inside[0]]
+    pairs = tuple((inside[number], whole_s(number)) for number in faster)
+    rest_s = math.nan
+    if isinstance(kernel, Dense):
+        rest_s = whole_s(0) - min(one.layers_s for one in passes)
     return Passes(tuple(measurements), dense_s, pairs, rest_s, quiet)
 
 
