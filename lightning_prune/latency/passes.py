@@ -20,8 +20,8 @@ from lightning_prune.latency.timing import AGREEMENT, synchroniser
 from lightning_prune.latency.variants import Point, points, pruned
 from lightning_prune.preparation import put
 
-_FEWEST = 3
-"""Passes of one variant in which nothing is timed but the whole."""
+_FEWEST, _MOST, _WHILE_S = 3, 48, 0.25
+"""Passes of one variant in which nothing is timed but the whole, and for how long."""
 
 _FASTER = 0.9
 """Share of the dense layers' time below which a pass says more than the dense one."""
@@ -116,7 +116,8 @@ def measure_kernel(
 
     def whole_s(number: int) -> float:
         variants = {name: layer.variants[number % len(layer.variants)] for name, layer in timed.items()}
-        return _whole_s(model, variants, run, max(_FEWEST, rounds // 2), device, pace)
+        fitting = int(_WHILE_S / max(inside[number], 1e-6))
+        return _whole_s(model, variants, run, max(_FEWEST, min(_MOST, fitting)), device, pace)
 
     inside = [
         sum(min(times) for layer in timed.values() for times in layer.seconds[number % len(layer.variants)])

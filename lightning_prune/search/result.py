@@ -65,7 +65,7 @@ class SearchResult:
             workers, and at the end to confirm the winner. What recovery validates of its epochs is in `details`.
         objective: what was made small, as the command line spells it.
         cost: of the plan, in `unit`.
-        dense_cost: of the dense network.
+        dense_cost: of the network with nothing removed, run by the kernels that suit it best.
         unit: of the costs.
         kernels: name -> kernel that runs it.
         search_accuracy: of the winner before recovery, as the search saw it.
