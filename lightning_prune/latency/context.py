@@ -71,8 +71,8 @@ class TimedLayer(nn.Module):
         return result
 
 
-_HOPELESS = 1.5
-"""Times longer than with the first variants that passes take whose variants nobody would choose."""
+_HOPELESS, _LONG_S = 1.5, 5e-3
+"""Times longer than with the first variants, and seconds, that passes take whose variants nobody would choose."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def timed_passes(
     least: dict[int, float] = {}
     while turns:
         turn = turns.popleft()
-        if least.get(turn % most, 0.0) > _HOPELESS * least.get(0, math.inf):
+        if turn >= most and least.get(turn % most, 0.0) > max(_LONG_S, _HOPELESS * least.get(0, math.inf)):
             continue
         start, full = time.perf_counter(), pace is None or pace.full()
         found: list[Pass] = []

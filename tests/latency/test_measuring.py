@@ -15,12 +15,14 @@ from lightning_prune import Block, Filter, Unstructured
 from lightning_prune.granularities import Granularity
 from lightning_prune.kernels import BSR, CSR, KERNELS, Dense, LayerKernel, Shrunk, Workload, measured_occupancy
 from lightning_prune.latency.context import Sequenced, TimedLayer, timed_passes
+from lightning_prune.latency.pace import Pace
 from lightning_prune.latency.passes import replaced
 from lightning_prune.latency.spread import around
 from lightning_prune.latency.timing import Timing, interleaved, repeated
 from lightning_prune.latency.variants import points, pruned
 from tests.latency.profiles import workload_of
 
+CPU = torch.device("cpu")
 CONV = Workload("conv2d", 2, 16, 32, (14, 14), (14, 14), (3, 3), padding=(1, 1))
 DEPTHWISE = Workload("conv2d", 2, 16, 16, (14, 14), (7, 7), (3, 3), (2, 2), (1, 1), groups=16)
 LINEAR = Workload("linear", 4, 64, 32)
@@ -62,7 +64,7 @@ class TestTiming:
 
 class TestTimedLayers:
     def test_every_variant_of_every_call_is_timed(self) -> None:
-        layer, other = (TimedLayer([nn.Identity() for _ in range(count)], torch.device("cpu")) for count in (3, 2))
+        layer, other = (TimedLayer([nn.Identity() for _ in range(count)], CPU) for count in (3, 2))
 
         def run() -> None:
             x = torch.ones(1)
@@ -78,8 +80,27 @@ class TestTimedLayers:
         assert {one.number for one in passes} == {0, 1, 2}
         assert all(0 < one.layers_s <= one.whole.wall_s[0] for one in passes)
 
+    def test_hopelessly_slow_variants_are_timed_once(self) -> None:
+        quick, slow = nn.Identity(), nn.Identity()
+        slow.register_forward_hook(lambda *_: time.sleep(0.02))
+        layer, other = TimedLayer([quick, slow, quick], CPU), TimedLayer([quick, quick], CPU)
+
+        class Busy(Pace):
+            """Has something else to do when the slow variant runs first."""
+
+            def counts(self, seconds: float, *, full: bool) -> bool:
+                first = layer.active == 1 and not self.lost_s
+                self.lost_s += first
+                return not first
+
+        passes = list(timed_passes([layer, other], lambda: other(layer(torch.ones(1))), 9, Busy(CPU)))
+        # Its first turn comes later, all the same: layers of fewer variants may run one of theirs in this turn alone.
+        assert [len(calls[0]) for calls in layer.seconds] == [9, 6, 9]
+        assert sum(len(calls[0]) for calls in other.seconds) == len(passes) == 24
+        assert min(len(calls[0]) for calls in other.seconds) >= 3
+
     def test_give_what_their_variants_give(self) -> None:
-        layer = TimedLayer([nn.Hardtanh(), nn.ReLU()], torch.device("cpu"))
+        layer = TimedLayer([nn.Hardtanh(), nn.ReLU()], CPU)
         x = torch.tensor([-3.0, 3.0])
         for number, expected in ((0, [-1.0, 1.0]), (1, [0.0, 3.0]), (2, [-1.0, 1.0])):
             layer.begin(number)
@@ -125,7 +146,7 @@ class TestVariants:
     @pytest.mark.parametrize("work", [CONV, DEPTHWISE, LINEAR], ids=str)
     @pytest.mark.parametrize("kernel", [CSR(), BSR(8), Shrunk()], ids=lambda kernel: kernel.name)
     def test_have_the_zeros_they_say(self, kernel: LayerKernel, work: Workload) -> None:
-        if kernel.refuses(work, torch.float32, torch.device("cpu")):
+        if kernel.refuses(work, torch.float32, CPU):
             return
         layer = work.layer().requires_grad_(False)
         layer.weight[0] = 0.0  # zeros of the model's own do not count
