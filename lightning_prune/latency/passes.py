@@ -110,48 +110,46 @@ def measure_kernel(
     wall = sum(one.whole.wall_s[0] for one in passes)
     thread = sum(one.whole.thread_s[0] for one in passes)
     single = machine.kind == "cpu" and machine.threads == 1
-    quiet = not single or wall - thread <= AGREEMENT * wall
-    if not wholes:
-        return Passes(tuple(measurements), dense_s, (), math.nan, quiet)
-
-    def whole_s(number: int) -> float:
-        variants = {name: layer.variants[number % len(layer.variants)] for name, layer in timed.items()}
-        fitting = int(_WHILE_S / max(inside[number], 1e-6))
-        return _whole_s(model, variants, run, max(_FEWEST, min(_MOST, fitting)), device, pace)
-
-    inside = [
-        sum(min(times) for layer in timed.values() for times in layer.seconds[number % len(layer.variants)])
-        for number in range(max(len(layer.variants) for layer in timed.values()))
-    ]
-    faster = [number for number, layers_s in enumerate(inside) if layers_s < _FASTER * inside[0]]
-    pairs = tuple((inside[number], whole_s(number)) for number in faster)
+    pairs: tuple[tuple[float, float], ...] = ()
     rest_s = math.nan
-    if isinstance(kernel, Dense):
-        rest_s = whole_s(0) - min(one.layers_s for one in passes)
-    return Passes(tuple(measurements), dense_s, pairs, rest_s, quiet)
+    if wholes:
+        inside = [_least_s(timed, number) for number in range(max(len(layer.variants) for layer in timed.values()))]
+        faster = [number for number, layers_s in enumerate(inside) if layers_s < _FASTER * inside[0]]
+        pairs = tuple((inside[number], _whole_s(model, timed, number, run, device, pace)) for number in faster)
+        if isinstance(kernel, Dense):
+            rest_s = _whole_s(model, timed, 0, run, device, pace) - min(one.layers_s for one in passes)
+    return Passes(tuple(measurements), dense_s, pairs, rest_s, not single or wall - thread <= AGREEMENT * wall)
+
+
+def _least_s(layers: Mapping[str, TimedLayer], number: int) -> float:
+    """Least seconds of the layers' variants of a number, added up."""
+    variants = [layer.seconds[number % len(layer.variants)] for layer in layers.values()]
+    return sum(min(times) for calls in variants for times in calls)
 
 
 def _whole_s(
     model: nn.Module,
-    variants: Mapping[str, nn.Module],
+    layers: Mapping[str, TimedLayer],
+    number: int,
     run: Callable[[], Any],
-    rounds: int,
     device: torch.device,
     pace: Pace,
 ) -> float:
-    """Least seconds of passes with these layers in which nothing is timed but the whole.
+    """Least seconds of passes with the layers' variants of a number in which nothing is timed but the whole.
 
     What clocks around layers take cannot be taken off: where layers fill the caches with their data, a clock's code
     takes three times as long as it does when it is called again and again.
     """
     synchronise = synchroniser(device)
+    variants = {name: layer.variants[number % len(layer.variants)] for name, layer in layers.items()}
 
     def whole() -> None:
         run()
         synchronise()
 
+    rounds = int(_WHILE_S / max(_least_s(layers, number), 1e-6))
     with torch.inference_mode(), replaced(model, variants):
-        return pace.repeated(whole, rounds).best_s
+        return pace.repeated(whole, max(_FEWEST, min(_MOST, rounds))).best_s
 
 
 class replaced:

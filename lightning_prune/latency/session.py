@@ -90,8 +90,6 @@ class Session:
                 kernels = [k for k in self.kernels if k.layout == layout and k.uses_sparsity != dense_first]
                 rounds = rounds or self._rounds_of(run)
                 passes = self._measure(kernels, model, layers, run, source, bar, rounds)
-                if not dense_first:
-                    self._add_wholes(source, layout, passes)
                 if dense_first and not known:
                     rectifiers_s[layout] = rectifier_seconds(model, prepared.rectified, run, rounds, self.pace.settle)
                     dense_s[layout] = self._whole_s(run, max(rounds, 9))
@@ -184,6 +182,7 @@ class Session:
             passes = self._at_first_speed(passes, kernel, source)
             if passes.measurements:
                 self.measurements += passes.measurements
+                self._add_wholes(source, kernel.layout, passes.wholes)
                 self.save()
             done.append(passes)
         return done
@@ -204,11 +203,11 @@ class Session:
         with torch.inference_mode():
             return self.pace.repeated(whole, rounds).best_s
 
-    def _add_wholes(self, source: str, layout: str, passes: Sequence[Passes]) -> None:
-        record = self.networks[source]
-        wholes = (*record.passes.get(layout, ()), *(pair for one in passes for pair in one.wholes))
+    def _add_wholes(self, source: str, layout: str, wholes: tuple[tuple[float, float], ...]) -> None:
         if wholes:
-            self.networks[source] = replace(record, passes={**record.passes, layout: wholes})
+            record = self.networks[source]
+            together = {**record.passes, layout: (*record.passes.get(layout, ()), *wholes)}
+            self.networks[source] = replace(record, passes=together)
 
     def _at_first_speed(self, passes: Passes, kernel: LayerKernel, source: str) -> Passes:
         if isinstance(kernel, Dense):

@@ -321,6 +321,23 @@ def test_goes_on_where_it_was_interrupted(tmp_path: Path, measured: list[tuple[s
     assert again.measurements == DeviceProfile.load(path, (*KERNELS, Counted())).measurements
 
 
+def test_an_interrupt_loses_no_passes(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, example, path = (
+        nn.Sequential(nn.Linear(512, 1024), nn.Linear(1024, 512)),
+        torch.randn(64, 512),
+        tmp_path / "p",
+    )
+    with pytest.raises(KeyboardInterrupt):
+        quick(model, example, profile=path, kernels=(Shrunk(), Interrupted()), rounds=2)
+    part = DeviceProfile.load(path).network(layer_table(model, example))
+    whole = quick(model, example, profile=path, kernels=(Shrunk(),), rounds=2).network(layer_table(model, example))
+    assert part is not None
+    assert whole is not None
+    assert len(part.passes["nchw"]) > 0
+    assert whole.passes == part.passes
+
+
 def test_interrupted_before_anything_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, example = cnn()
 
