@@ -80,7 +80,7 @@ class PruneTrainer(Trainer):
         """Measure this machine's kernels on the layers of a network, for estimates in milliseconds.
 
         Measures on the Trainer's device, in its precision. Prints which kernels run the network and why the others do
-        not, how far off their estimates were on shapes that were held out, and the time that no kernel changes.
+        not, how far off their estimates were on shapes that were held out, and the time that passes take beside them.
 
         Args:
             model: Whose layers are timed; it is not changed.

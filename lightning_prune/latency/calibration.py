@@ -42,8 +42,9 @@ def calibrate(
     """Measure kernels on this machine, on the layers of a model and on shapes around them, and fit their costs.
 
     Every kernel is timed on every layer that it can run, at up to five sparsities, inside full passes of the model
-    with BatchNorm folded: layers timed alone add up to 7 to 25 % less than the network. The part of a pass that no
-    kernel changes is what a dense pass takes beyond its layers. Weights are masked copies; the model is not changed.
+    with BatchNorm folded: layers timed alone add up to 7 to 25 % less than the network. What passes take beside their
+    layers is a line through passes in which nothing is timed but the whole. Weights are masked copies; the model is
+    not changed.
 
     Timings hold for `torch.get_num_threads()` threads, the model's device and type of numbers, and the batch size of
     the example. With one thread they repeat within about 1 %, with more they do not: call `torch.set_num_threads(1)`
@@ -58,7 +59,8 @@ def calibrate(
         profile: to be extended: what it holds is not measured again. If it is a path, the profile is also written
             there after every kernel, so that an interrupted calibration goes on where it stopped.
         kernels: to be timed; `KERNELS` and your own, or `ALL_KERNELS` for those that run quantised twins as well.
-        rounds: each timing is the least of so many; of up to eight times as many where passes take milliseconds.
+        rounds: each timing is the least of so many; of up to eight times as many where passes take milliseconds, and
+            of as few as three where a variant is slower than dense by half in every layer.
         spread: how many shapes beside the model's are timed, so that the profile also answers for other networks.
         progress: whether to show a progress bar.
 

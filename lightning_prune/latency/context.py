@@ -5,7 +5,6 @@ Timed alone, layers add up to 7 to 25 % less than the network that they make up.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -72,7 +71,7 @@ class TimedLayer(nn.Module):
 
 
 _HOPELESS, _LONG_S = 1.5, 5e-3
-"""Times longer than with the first variants, and seconds, that passes take whose variants nobody would choose."""
+"""Times longer than each layer's first variant, and seconds in all, that variants take which nobody would choose."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +109,9 @@ def timed_passes(
     """
     most = max(len(layer.variants) for layer in layers)
     turns = deque(range(passes_of(layers, rounds) // _IN_A_ROW))
-    least: dict[int, float] = {}
     while turns:
         turn = turns.popleft()
-        if turn >= most and least.get(turn % most, 0.0) > max(_LONG_S, _HOPELESS * least.get(0, math.inf)):
+        if turn >= most and _hopeless(layers, turn):
             continue
         start, full = time.perf_counter(), pace is None or pace.full()
         found: list[Pass] = []
@@ -130,10 +128,21 @@ def timed_passes(
         for layer in layers:
             layer.end(counts=counts)
         if counts:
-            least[turn % most] = min(least.get(turn % most, math.inf), *(one.whole.wall_s[0] for one in found))
             yield from found
         else:
             turns.append(turn)
+
+
+def _hopeless(layers: Sequence[TimedLayer], turn: int) -> bool:
+    """Whether no layer would be run by its variant in this turn, by what it took before."""
+
+    def least_s(layer: TimedLayer, variant: int) -> float:
+        return sum(min(times) for times in layer.seconds[variant])
+
+    pairs = [(least_s(layer, turn % len(layer.variants)), least_s(layer, 0)) for layer in layers]
+    others = [pair for layer, pair in zip(layers, pairs, strict=True) if turn % len(layer.variants)]
+    slow = all(0 < _HOPELESS * first_s < seconds for seconds, first_s in others)
+    return bool(others) and slow and sum(seconds for seconds, _ in others) > _LONG_S
 
 
 def passes_of(layers: Sequence[TimedLayer], rounds: int) -> int:

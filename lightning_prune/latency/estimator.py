@@ -43,7 +43,7 @@ class LatencyEstimator:
 
     Args:
         table: of the network, at the batch size that is asked about.
-        profile: of the machine. If the network itself was calibrated, its own times and its fixed part count;
+        profile: of the machine. If the network itself was calibrated, its own layers' and passes' times count;
             otherwise layers are estimated from others, and the fixed part in proportion to the outputs.
         quantized: whether kernels count that are not exact, which run layers of quantised twins alone.
         sparse: whether kernels count that make use of zeros; where the profile has no others, they do.

@@ -96,6 +96,7 @@ def measure_kernel(
         for one in timed_passes(list(timed.values()), run, rounds, pace):
             passes.append(one)
             advance(1.0 / total)
+        advance(1.0 - len(passes) / total)
     measurements: list[Measurement] = []
     dense_s: dict[Workload, float] = {}
     for name, where in places.items():

@@ -65,8 +65,14 @@ class NetworkRecord:
                 raise ValueError(f"network {self.name!r}: times are finite and not negative, got {dict(times)}")
 
     def rest(self, layout: str) -> tuple[float, float]:
-        """A pass as `a + (1 + b) t` of the time `t` that its layers add up to: `a`, seconds, and `b`."""
-        return rest_of(((self.layers_s[layout], self.dense_s[layout]), *self.passes.get(layout, ())))
+        """A pass as `a + (1 + b) t` of the time `t` that its layers add up to: `a`, seconds, and `b`.
+
+        A GPU that is not waited for between layers is faster than they add up to: then `a` is 0 and `b` negative.
+        """
+        layers_s, dense_s = self.layers_s[layout], self.dense_s[layout]
+        if 0 < dense_s < layers_s:
+            return 0.0, dense_s / layers_s - 1.0
+        return rest_of(((layers_s, dense_s), *self.passes.get(layout, ())))
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""

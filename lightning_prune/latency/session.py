@@ -77,6 +77,7 @@ class Session:
         dense_s: dict[str, float] = {}
         layers_s: dict[str, float] = {}
         rectifiers_s: dict[str, dict[str, float]] = {}
+        wholes: dict[str, tuple[tuple[float, float], ...]] = {}
         images = any(work.kind == "conv2d" for works in prepared.works.values() for work in works)
         rounds = 0
         for dense_first in (True, False):
@@ -91,6 +92,7 @@ class Session:
                 rounds = rounds or self._rounds_of(run)
                 passes = self._measure(kernels, model, layers, run, source, bar, rounds)
                 if dense_first and not known:
+                    wholes[layout] = tuple(pair for one in passes for pair in one.wholes)
                     rectifiers_s[layout] = rectifier_seconds(model, prepared.rectified, run, rounds, self.pace.settle)
                     dense_s[layout] = self._whole_s(run, max(rounds, 9))
                     layers_s[layout] = self._dense_s(source, layout)
@@ -106,7 +108,7 @@ class Session:
                     {layout: fixed_s.get(layout, fixed_s[LAYOUTS[0]]) for layout in LAYOUTS},
                     {layout: dense_s.get(layout, dense_s[LAYOUTS[0]]) for layout in LAYOUTS},
                     {layout: layers_s.get(layout, layers_s[LAYOUTS[0]]) for layout in LAYOUTS},
-                    {},
+                    wholes,
                     producers(prepared.model, prepared.inputs, named),
                     {
                         layout: {f"{name}.weight": seconds for name, seconds in found.items()}
@@ -114,6 +116,12 @@ class Session:
                     },
                 )
                 self.save()
+
+        if not images:  # linear layers know no layout, and other networks of the profile may
+            record = self.networks[source]
+            passes_of_all = record.passes.get(LAYOUTS[0], ())
+            self.networks[source] = replace(record, passes=dict.fromkeys(LAYOUTS, passes_of_all))
+            self.save()
 
     def _report_idle(self, prepared: Prepared) -> None:
         """Say which kernels run nothing here, for lack of a library, say."""
@@ -204,8 +212,8 @@ class Session:
             return self.pace.repeated(whole, rounds).best_s
 
     def _add_wholes(self, source: str, layout: str, wholes: tuple[tuple[float, float], ...]) -> None:
-        if wholes:
-            record = self.networks[source]
+        record = self.networks.get(source)
+        if wholes and record is not None:  # that of a network is made when its dense layers have been timed
             together = {**record.passes, layout: (*record.passes.get(layout, ()), *wholes)}
             self.networks[source] = replace(record, passes=together)
 

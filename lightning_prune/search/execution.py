@@ -67,7 +67,7 @@ def executed(
     )
     machine = estimator.profile.machine
     details = {**result.details, "device": machine.device, "threads": machine.threads, "dtype": machine.dtype}
-    if machine.kind == "analytic":  # it cannot be executed here
+    if machine.kind == "analytic" or not (len(plan) or result.bits):  # there is nothing to prove
         return replace(result, details={**details, "layers": layer_details(network)})
     run = network if twin is None else twin
     report = accelerate(run, example_inputs, estimator.profile, kernels=ALL_KERNELS).kernel_report()

@@ -35,7 +35,7 @@ class TrialRecord:
         drop: of the accuracy; None also where it diverged.
         evaluated: whether the accuracy was measured in this trial.
         reason: why it was not.
-        seconds: that the trial took; None where nothing was measured.
+        seconds: that the trial took; None where nothing was measured to the end.
         params: name -> value, as proposed.
     """
 
@@ -57,6 +57,7 @@ class TrialRecord:
         known = trial.user_attrs
         accuracy = _finite(known.get("accuracy"))
         choices, evaluated = known.get("choices"), bool(known.get("evaluated", False))
+        finished = evaluated and trial.state.name == "COMPLETE"  # killed ones end when somebody finds them
         return cls(
             number=trial.number,
             state=trial.state.name,
@@ -67,7 +68,7 @@ class TrialRecord:
             drop=None if accuracy is None else _finite(known.get("drop")),
             evaluated=evaluated,
             reason=known.get("reason"),
-            seconds=trial.duration.total_seconds() if evaluated and trial.duration is not None else None,
+            seconds=trial.duration.total_seconds() if finished and trial.duration is not None else None,
             params=dict(trial.params),
         )
 

@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_prune.search.workers import Worker, retry
+from lightning_prune.search.workers import retry
 
 if TYPE_CHECKING:
     from optuna.storages import BaseStorage, RDBStorage
@@ -24,14 +24,13 @@ _DRIVERS = {
 }
 """Dialect -> modules and what SQLAlchemy calls them, the first that is installed is used."""
 
-_HEARTBEAT_S = 30
 _CONNECT_TIMEOUT_S = 10
 _BUSY_TIMEOUT_S = 60
 _ATTEMPTS = 8
 _LOCK_GRACE_S = 10
 
 
-def open_storage(storage: str | Path | BaseStorage | None, heartbeat_s: int | None = None) -> BaseStorage:
+def open_storage(storage: str | Path | BaseStorage | None, heartbeat_s: int = 30) -> BaseStorage:
     """A storage of Optuna, reached and ready.
 
     ==================================  ==================================================================
@@ -43,14 +42,11 @@ def open_storage(storage: str | Path | BaseStorage | None, heartbeat_s: int | No
     ==================================  ==================================================================
 
     As in SQLAlchemy's URLs, three slashes begin a relative path and four an absolute one. Folders of files are created.
-    On servers, a trial whose worker has not been heard of for four heartbeats counts as dead. Workers that share an
-    SQLite file are looked up among the processes of the machine, at once and for less time; give `heartbeat_s` where
-    they run in several containers, and do not see each other's processes.
+    In databases, a trial whose worker has not been heard of for four heartbeats counts as dead.
 
     Args:
         storage: as in the table, or one of Optuna's own, which is used as it is.
-        heartbeat_s: seconds between heartbeats; None for 30 on servers, and for none in SQLite files wherever processes
-            can be looked up.
+        heartbeat_s: seconds between heartbeats.
 
     Raises:
         ValueError: it is no storage, the file is none, or the URL has no meaning.
@@ -88,9 +84,7 @@ def open_storage(storage: str | Path | BaseStorage | None, heartbeat_s: int | No
             f"{shown(str(storage))} is a Redis server; build "
             "optuna.storages.JournalStorage(JournalRedisBackend(url)) and give that as the storage"
         )
-    if kind.startswith("sqlite"):
-        return _sqlite(str(storage), heartbeat_s)
-    return _server(str(storage), _HEARTBEAT_S if heartbeat_s is None else heartbeat_s)
+    return _sqlite(str(storage), heartbeat_s) if kind.startswith("sqlite") else _server(str(storage), heartbeat_s)
 
 
 def release(storage: BaseStorage) -> None:
@@ -126,11 +120,9 @@ def _journal(path: Path) -> BaseStorage:
         raise ValueError(f"{path} is no journal of Optuna, or a damaged one ({error}); give another file") from None
 
 
-def _sqlite(url: str, heartbeat_s: int | None) -> BaseStorage:
+def _sqlite(url: str, heartbeat_s: int) -> BaseStorage:
     from sqlalchemy import event
 
-    if heartbeat_s is None and not Worker.here().space:
-        heartbeat_s = _HEARTBEAT_S
     file = url.partition("://")[2].partition("?")[0][1:]
     if file and not file.startswith(":") and not file.startswith("file:"):
         path = _made(Path(file))
@@ -178,7 +170,7 @@ def _server(url: str, heartbeat_s: int) -> BaseStorage:
     return _database(parsed.render_as_string(hide_password=False), options, heartbeat_s)
 
 
-def _database(url: str, options: dict[str, Any], heartbeat_s: int | None) -> RDBStorage:
+def _database(url: str, options: dict[str, Any], heartbeat_s: int) -> RDBStorage:
     from optuna.exceptions import ExperimentalWarning, StorageInternalError
     from optuna.storages import RDBStorage
     from sqlalchemy.exc import ArgumentError, SQLAlchemyError
@@ -192,7 +184,7 @@ def _database(url: str, options: dict[str, Any], heartbeat_s: int | None) -> RDB
                     url,
                     options,
                     heartbeat_interval=heartbeat_s,
-                    grace_period=None if heartbeat_s is None else 4 * heartbeat_s,
+                    grace_period=4 * heartbeat_s,
                     heartbeat_stale_trial_callback=retry,
                 )
         except ImportError:

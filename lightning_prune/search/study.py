@@ -89,7 +89,7 @@ def minimise(
 
     Workers that give the same storage and name share one study and its evaluations; no plan is evaluated by two. The
     same call later goes on where the study ended. Trials of workers that were killed are run again: at once where the
-    worker was a process of this machine, else, on servers, once its heartbeat is missed. An evaluation that ends
+    worker was a process of this machine, else, in databases, once its heartbeat is missed. An evaluation that ends
     with Ctrl-C is run again when the study is resumed; what is returned then is what the study holds.
 
     A drop that differs from the threshold by no more than float32 rounds is taken for the threshold. An accuracy that

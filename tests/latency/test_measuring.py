@@ -80,10 +80,13 @@ class TestTimedLayers:
         assert {one.number for one in passes} == {0, 1, 2}
         assert all(0 < one.layers_s <= one.whole.wall_s[0] for one in passes)
 
-    def test_hopelessly_slow_variants_are_timed_once(self) -> None:
+    @pytest.mark.parametrize(("alike", "rounds", "total"), [(True, 6, 24), (False, 9, 27)])
+    def test_variants_that_are_hopelessly_slow_in_all_layers_are_timed_less(
+        self, alike: bool, rounds: int, total: int
+    ) -> None:
         quick, slow = nn.Identity(), nn.Identity()
         slow.register_forward_hook(lambda *_: time.sleep(0.02))
-        layer, other = TimedLayer([quick, slow, quick], CPU), TimedLayer([quick, quick], CPU)
+        layer, other = TimedLayer([quick, slow, quick], CPU), TimedLayer([quick, slow if alike else quick], CPU)
 
         class Busy(Pace):
             """Has something else to do when the slow variant runs first."""
@@ -95,8 +98,8 @@ class TestTimedLayers:
 
         passes = list(timed_passes([layer, other], lambda: other(layer(torch.ones(1))), 9, Busy(CPU)))
         # Its first turn comes later, all the same: layers of fewer variants may run one of theirs in this turn alone.
-        assert [len(calls[0]) for calls in layer.seconds] == [9, 6, 9]
-        assert sum(len(calls[0]) for calls in other.seconds) == len(passes) == 24
+        assert [len(calls[0]) for calls in layer.seconds] == [9, rounds, 9]
+        assert sum(len(calls[0]) for calls in other.seconds) == len(passes) == total
         assert min(len(calls[0]) for calls in other.seconds) >= 3
 
     def test_give_what_their_variants_give(self) -> None:

@@ -233,5 +233,13 @@ class TestNetworks:
         )
         assert found.rest("nchw") == pytest.approx((1e-4, 0.2))
 
+    def test_layers_that_overlap_take_less_than_they_add_up_to(self) -> None:
+        _, networks = record(*residual())
+        (network,) = networks.values()
+        found = replace(network, dense_s={"nchw": 5e-4}, layers_s={"nchw": 1e-3}, passes={"nchw": ((8e-4, 4.5e-4),)})
+        rest_s, share = found.rest("nchw")
+        assert rest_s == 0.0
+        assert (1 + share) * 1e-3 == pytest.approx(5e-4)
+
     def test_a_schema_is_a_promise(self) -> None:
         assert module.SCHEMA == "lightning-prune/device-profile/1"

@@ -43,6 +43,14 @@ def test_a_study_is_written_as_its_history(tmp_path: Path) -> None:
     }
 
 
+def test_a_killed_trial_took_nobody_knows_how_long() -> None:
+    done = study(history(6)).trials[0]
+    assert TrialRecord.of(done).seconds is not None
+    done.state = optuna.trial.TrialState.FAIL
+    assert TrialRecord.of(done).evaluated
+    assert TrialRecord.of(done).seconds is None
+
+
 def test_a_search_that_really_ran(tmp_path: Path) -> None:
     space = analytic.space(items=3, levels=4)
     outcome = minimise(
