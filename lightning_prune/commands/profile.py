@@ -113,13 +113,11 @@ def _estimated(estimator: LatencyEstimator, network: nn.Module, patterns: Sequen
     table: LayerTable = estimator.table
     zeros = metrics.parameter_sparsity(network)
     sparsity = torch.tensor([zeros[name] for name in table.names], dtype=torch.float64)
-    seconds, chosen = (
-        estimator.kernel_latency_s(sparsity, patterns),
-        estimator.best_kernels(sparsity, patterns).tolist(),
-    )
-    dense = estimator.dense
+    seconds = estimator.kernel_latency_s(sparsity, patterns)
+    chosen = estimator.best_kernels(sparsity, patterns).tolist()
     nothing = torch.zeros_like(sparsity)
-    dense_s, dense_chosen = dense.kernel_latency_s(nothing), dense.best_kernels(nothing).tolist()
+    dense_s = estimator.dense.kernel_latency_s(nothing)
+    dense_chosen = estimator.dense.best_kernels(nothing).tolist()
     pays_from = [float(estimator.break_even(pattern)[row]) for row, pattern in enumerate(patterns)]
     rows = tuple(
         LayerReport(

@@ -72,11 +72,6 @@ def rectified(
     return (seconds - saved).maximum(_LEAST_SHARE * seconds)
 
 
-def uses_sparsity(cost: FittedCost | RooflineCost) -> bool:
-    """Whether a kernel is faster the more zeros it meets."""
-    return cost.kernel.uses_sparsity if isinstance(cost, FittedCost) else cost.skips != "nothing"
-
-
 class Compiler:
     """Turns the patterns of a plan into curves.
 
@@ -210,7 +205,7 @@ class Compiler:
         # What is hardly faster than the kernel that looks for no zeros is not faster: of several noisy estimates the
         # least is too low. `accelerate` asks for the same margin.
         costs = [self.profile.costs[self.kernels[index]] for index in kernels]
-        plain = [k for k, index in enumerate(kernels) if index in usable and not uses_sparsity(costs[k])]
+        plain = [k for k, index in enumerate(kernels) if index in usable and not costs[k].uses_sparsity]
         if plain:
             dense = times[plain].amin(dim=0)
             times = torch.where(times > MARGIN * dense, times.maximum(dense), times)

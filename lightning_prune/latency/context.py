@@ -20,6 +20,9 @@ from lightning_prune.latency.timing import Timing, synchroniser
 _UNTIMED, _IN_A_ROW = 1, 3
 """Passes with the same variants: to warm caches, and to be timed."""
 
+_HOPELESS, _LONG_S = 1.5, 5e-3
+"""Times longer than each layer's first variant, and seconds in all, that variants take which nobody would choose."""
+
 
 class TimedLayer(nn.Module):
     """Stands in the place of a layer, runs one of its variants and notes how long each call took.
@@ -68,10 +71,6 @@ class TimedLayer(nn.Module):
         if self.noted:
             self.taken[-1].append(seconds)
         return result
-
-
-_HOPELESS, _LONG_S = 1.5, 5e-3
-"""Times longer than each layer's first variant, and seconds in all, that variants take which nobody would choose."""
 
 
 @dataclass(frozen=True)
@@ -139,10 +138,9 @@ def _hopeless(layers: Sequence[TimedLayer], turn: int) -> bool:
     def least_s(layer: TimedLayer, variant: int) -> float:
         return sum(min(times) for times in layer.seconds[variant])
 
-    pairs = [(least_s(layer, turn % len(layer.variants)), least_s(layer, 0)) for layer in layers]
-    others = [pair for layer, pair in zip(layers, pairs, strict=True) if turn % len(layer.variants)]
-    slow = all(0 < _HOPELESS * first_s < seconds for seconds, first_s in others)
-    return bool(others) and slow and sum(seconds for seconds, _ in others) > _LONG_S
+    others = [(layer, turn % len(layer.variants)) for layer in layers if turn % len(layer.variants)]
+    slow = all(0 < _HOPELESS * least_s(layer, 0) < least_s(layer, variant) for layer, variant in others)
+    return slow and sum(least_s(layer, variant) for layer, variant in others) > _LONG_S
 
 
 def passes_of(layers: Sequence[TimedLayer], rounds: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_prune.granularities import Granularity, Unstructured
 from lightning_prune.kernels import NCHW
 from lightning_prune.kernels.workload import runnable
-from lightning_prune.latency.compiled import MARGIN, Compiled, Compiler, LayoutCurves, rectified, uses_sparsity
+from lightning_prune.latency.compiled import MARGIN, Compiled, Compiler, LayoutCurves, rectified
 from lightning_prune.latency.fitted import FittedCost
 from lightning_prune.latency.profile import DeviceProfile, digest
 from lightning_prune.latency.roofline import RooflineCost
@@ -71,7 +71,7 @@ class LatencyEstimator:
             for name, cost in profile.costs.items()
             if quantized or not isinstance(cost, FittedCost) or cost.kernel.exact
         ]
-        plain = [name for name in kernels if not uses_sparsity(profile.costs[name])]
+        plain = [name for name in kernels if not profile.costs[name].uses_sparsity]
         self.kernels: tuple[str, ...] = tuple(kernels if sparse or not plain else plain)
         works = runnable(table)
         if self.network is not None:

@@ -92,6 +92,11 @@ class FittedCost:
         """The kernel's."""
         return self.kernel.layout
 
+    @property
+    def uses_sparsity(self) -> bool:
+        """As the kernel says."""
+        return self.kernel.uses_sparsity
+
     def serves(self, granularity: Granularity) -> bool:
         """As the kernel says."""
         return self.kernel.serves(granularity)

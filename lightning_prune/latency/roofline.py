@@ -76,6 +76,11 @@ class RooflineCost:
     layout = None
     """An analytic machine has one memory layout."""
 
+    @property
+    def uses_sparsity(self) -> bool:
+        """Whether it leaves out products with zeros."""
+        return self.skips != "nothing"
+
     def refuses(self, work: Workload) -> str | None:
         """Nothing."""
         return None

@@ -119,8 +119,7 @@ class Session:
 
         if not images:  # linear layers know no layout, and other networks of the profile may
             record = self.networks[source]
-            passes_of_all = record.passes.get(LAYOUTS[0], ())
-            self.networks[source] = replace(record, passes=dict.fromkeys(LAYOUTS, passes_of_all))
+            self.networks[source] = replace(record, passes=dict.fromkeys(LAYOUTS, record.passes.get(LAYOUTS[0], ())))
             self.save()
 
     def _report_idle(self, prepared: Prepared) -> None:
