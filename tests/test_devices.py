@@ -152,11 +152,13 @@ def test_compressed_weights_are_what_is_computed(skips: str) -> None:
     assert seconds(network, 0.5) == pytest.approx((stored * 4096 + 128) / 1e6, rel=1e-3)
 
 
-def test_the_measured_file_answers_for_networks_that_it_never_saw() -> None:
-    profile = DeviceProfile.load(DEVICES / "amd_epyc_avx512_1_thread.json")
+@pytest.mark.parametrize("name", ["amd_epyc_avx512_1_thread", "amd_epyc_avx2_1_thread"])
+def test_a_measured_file_answers_for_networks_that_it_never_saw(name: str) -> None:
+    profile = DeviceProfile.load(DEVICES / f"{name}.json")
     assert profile.machine.kind == "cpu"
     assert profile.machine.threads == 1
     assert profile.held_out["csr"].shapes >= 300
+    assert ("simd" in profile.costs) == (name == "amd_epyc_avx2_1_thread")
     network = nn.Sequential(nn.Linear(784, 700), nn.ReLU(), nn.Linear(700, 10))
     latency = LatencyEstimator(layer_table(network, torch.zeros(32, 784)), profile)
     assert not latency.fixed_is_measured

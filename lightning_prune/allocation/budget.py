@@ -17,16 +17,10 @@ from lightning_prune.allocation.relaxation import Problem
 __all__ = ["Allocation", "BudgetAllocator", "couple"]
 
 _FEW_ITEMS = 24
-_FEW = Effort(items=12, later=12, width=64, branches=6, programmes=6, near=0.005, enough=0.001, again=0.001)
-_MANY = Effort(items=14, later=8, width=48, branches=2, programmes=2, near=0.005, enough=0.002, again=0.008)
-"""Of few items each counts for more; of many, whole programmes are what takes time, and two of them are enough."""
-
-_OPEN = 0.01
-_ALL = 1 << 30
-_THOROUGH = Effort(
-    items=_ALL, later=_ALL, width=512, branches=_ALL, programmes=_ALL, near=0.005, enough=_OPEN, again=_OPEN
-)
-"""Where more than one per cent of the error may still be gained: a few in a hundred tables, by one to three ms."""
+_FEW = Effort(12, 12, 64, branches=6, programmes=6, near=0.005, enough=0.001, again=0.001, open=0.01, wide=512)
+_MANY = Effort(14, 8, 48, branches=2, programmes=2, near=0.005, enough=0.002, again=0.008, open=0.01, wide=512)
+"""Of few items each counts for more; of many, whole programmes are what takes time, and two of them are mostly enough:
+in a few of a hundred tables more than one per cent of the error may still be gained, and the search goes on."""
 
 _FIRST_WIDTH = 128
 _GROWTH = 4
@@ -135,14 +129,7 @@ class BudgetAllocator:
         the problem.
         """
         effort = _FEW if len(self.errors) <= _FEW_ITEMS else _MANY
-
-        def close(problem: Problem) -> Found:
-            found = search(problem, effort)
-            if found.error - found.bound <= _OPEN * abs(found.error):
-                return found
-            return search(problem, _THOROUGH, found.chosen)
-
-        return self._solve(budget, coefficients, close)
+        return self._solve(budget, coefficients, lambda problem: search(problem, effort))
 
     def exact(self, budget: float, coefficients: npt.ArrayLike | None = None, most_states: int = 1 << 15) -> Allocation:
         """The best choices: a dynamic programme over undominated sums, cut by the relaxation's bound.

@@ -34,6 +34,8 @@ class Effort:
         near: the share from which on it is held so; below, one programme over all items does.
         enough: the share from which on a choice is taken as it is.
         again: likewise, once a programme has run.
+        open: the share above which none of these numbers limits the search, and states are as many as `wide`.
+        wide: see `open`.
     """
 
     items: int
@@ -44,6 +46,8 @@ class Effort:
     near: float
     enough: float
     again: float
+    open: float = np.inf
+    wide: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +83,8 @@ def search(problem: Problem, effort: Effort, known: Ints | None = None) -> Found
         found = _branch(problem, relaxed.broken, found, effort)
     elif gap > effort.enough * abs(found.error):
         chosen, error, complete = _improve(problem, relaxed, chosen, found.error, effort.items, effort.width)
+        if not complete and error - relaxed.bound > effort.open * abs(error):
+            chosen, error, complete = _improve(problem, relaxed, chosen, error, problem.fronts.items, effort.wide)
         found = Found(chosen, error, error if complete else relaxed.bound)
     closed = found.error - found.bound <= EXACT * abs(found.error)
     return replace(found, bound=found.error) if closed else found
@@ -91,11 +97,13 @@ def _branch(problem: Problem, item: int, found: Found, effort: Effort) -> Found:
     """
     points, bounds = bounds_of(problem, item)
     chosen, error, proven, left = found.chosen, found.error, np.inf, effort.programmes
+    open_ends: list[tuple[float, Relaxation]] = []
     for rank, place in enumerate(np.argsort(bounds, kind="stable")):
         bound = float(bounds[place])
         if bound >= error:
             break
-        if rank == effort.branches or error - bound <= effort.enough * abs(error):
+        most = effort.enough if rank < effort.branches else effort.open
+        if error - bound <= most * abs(error):
             proven = min(proven, bound)
             break
         relaxed = relax(problem, int(points[place]))
@@ -104,11 +112,16 @@ def _branch(problem: Problem, item: int, found: Found, effort: Effort) -> Found:
             chosen, error = filled, reached
         # After the first programme, another one is worth its time only where much may be gained.
         least, items = (effort.enough, effort.items) if left == effort.programmes else (effort.again, effort.later)
-        if left == 0 or error - bound <= least * abs(error):
-            proven = min(proven, bound)
-            continue
-        left -= 1
-        chosen, error, complete = _improve(problem, relaxed, chosen, error, items, effort.width)
+        complete = False
+        if left > 0 and error - bound > least * abs(error):
+            left -= 1
+            chosen, error, complete = _improve(problem, relaxed, chosen, error, items, effort.width)
+        if not complete:
+            open_ends.append((bound, relaxed))
+    for bound, relaxed in open_ends:
+        complete = False
+        if error - bound > effort.open * abs(error):
+            chosen, error, complete = _improve(problem, relaxed, chosen, error, problem.fronts.items, effort.wide)
         if not complete:
             proven = min(proven, bound)
     return Found(chosen, error, min(proven, error))

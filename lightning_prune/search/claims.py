@@ -53,10 +53,10 @@ class Verdict:
 def verdict(number: int, choices: Sequence[int], cost: float, trials: Sequence[FrozenTrial], terms: Terms) -> Verdict:
     """Decide about a trial after its choices have been written to the storage, so that others see them.
 
-    A worker first writes its `choices`, then reads all trials, then writes `evaluated`. Of two that have written the
-    same choices and read before either has decided, the earlier trial evaluates and the later gives way; the earlier
-    waits until the later has decided, as that may have read before the earlier wrote. Hence no plan is evaluated
-    twice, in any storage in which a worker reads what others have written before.
+    A worker first writes its `candidate`, then reads all trials, then writes its `plan`, the claim to it. Of two that
+    have written the same choices and read before either has decided, the earlier trial evaluates and the later gives
+    way; the earlier waits until the later has decided, as that may have read before the earlier wrote. Hence no plan is
+    evaluated twice, in any storage in which a worker reads what others have written before.
 
     Args:
         number: of the trial.
@@ -69,11 +69,11 @@ def verdict(number: int, choices: Sequence[int], cost: float, trials: Sequence[F
     """
     from optuna.trial import TrialState
 
-    wanted = list(choices)
-    others = [t for t in trials if t.number != number and "choices" in t.user_attrs]
-    done = [t for t in others if t.state == TrialState.COMPLETE and t.user_attrs.get("evaluated")]
+    wanted = tuple(choices)
+    others = [t for t in trials if t.number != number]
+    done = evaluated(others)
     for trial in done:
-        if trial.user_attrs["choices"] == wanted:
+        if choices_of(trial) == wanted:
             reason = f"trial {trial.number} evaluated the same plan"
             return Verdict(reason=reason, accuracy=trial.user_attrs["accuracy"], known=True)
     if not any(wanted):
@@ -83,23 +83,24 @@ def verdict(number: int, choices: Sequence[int], cost: float, trials: Sequence[F
         if cost >= limit:
             reason = f"a cost of {cost:.6g} is not below the incumbent's {limit:.6g}"
             return Verdict(reason=reason, excess=cost / limit - 1.0 if limit > 0 else 0.0)
-    running = [t for t in others if t.state == TrialState.RUNNING and t.user_attrs.get("evaluated", True)]
-    ahead = [t for t in running if "evaluated" in t.user_attrs or t.number < number]
+    proposed = [t for t in others if t.state == TrialState.RUNNING and "candidate" in t.user_attrs]
+    running = [t for t in proposed if "reason" not in t.user_attrs]
+    ahead = [t for t in running if claimed(t) or t.number < number]
     for trial in ahead:
-        if trial.user_attrs["choices"] == wanted:
+        if choices_of(trial) == wanted:
             return Verdict(reason=f"trial {trial.number} is evaluating the same plan", busy=True)
     left = terms.evaluations - 1 - len(done) - len(ahead)
     if left <= 0:
         return Verdict(reason=f"all {terms.evaluations} evaluations are taken", busy=True)
-    behind = [t for t in running if "evaluated" not in t.user_attrs and t.number > number]
-    waits = len(behind) >= left or any(t.user_attrs["choices"] == wanted for t in behind)
+    behind = [t for t in running if not claimed(t) and t.number > number]
+    waits = len(behind) >= left or any(choices_of(t) == wanted for t in behind)
     return Verdict(evaluate=True, waits=waits)
 
 
 def incumbent_cost(done: Sequence[FrozenTrial], terms: Terms) -> float:
     """Cost of the cheapest plan known to be accurate enough; the dense one's where there is no other."""
     limit = terms.max_drop
-    costs = [float(t.user_attrs["cost"]) for t in done if limit is not None and feasible(t.user_attrs, limit)]
+    costs = [cost_of(t) for t in done if limit is not None and feasible(t.user_attrs, limit)]
     return min([terms.dense_cost, *costs])
 
 
@@ -108,15 +109,31 @@ def feasible(attributes: dict[str, Any], max_drop: float) -> bool:
     return attributes.get("accuracy") is not None and bool(attributes["drop"] <= max_drop)
 
 
+def choices_of(trial: FrozenTrial) -> tuple[int, ...] | None:
+    """What a trial proposes, if it got so far."""
+    candidate = trial.user_attrs.get("candidate")
+    return None if candidate is None else tuple(map(int, candidate["choices"]))
+
+
+def cost_of(trial: FrozenTrial) -> float:
+    """The cost of what a trial proposes."""
+    return float(trial.user_attrs["candidate"]["cost"])
+
+
+def claimed(trial: FrozenTrial) -> bool:
+    """Whether it is up to this trial, and no other, to evaluate its plan."""
+    return "plan" in trial.user_attrs
+
+
 def evaluated(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """Trials whose plans were evaluated."""
     from optuna.trial import TrialState
 
-    return [t for t in trials if t.state == TrialState.COMPLETE and t.user_attrs.get("evaluated")]
+    return [t for t in trials if t.state == TrialState.COMPLETE and claimed(t)]
 
 
 def evaluating(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """Trials whose plans are being evaluated."""
     from optuna.trial import TrialState
 
-    return [t for t in trials if t.state == TrialState.RUNNING and t.user_attrs.get("evaluated")]
+    return [t for t in trials if t.state == TrialState.RUNNING and claimed(t)]

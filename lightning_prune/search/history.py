@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_prune.files import write_text
+from lightning_prune.search.claims import choices_of, claimed, cost_of
 from lightning_prune.search.joining import ATTRIBUTE
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class TrialRecord:
         cost: estimated, of the plan.
         accuracy: of the network; None also where it diverged.
         drop: of the accuracy; None also where it diverged.
-        evaluated: whether the accuracy was measured in this trial.
+        evaluated: whether it was up to this trial to measure the accuracy.
         reason: why it was not.
         seconds: that the trial took; None where nothing was measured to the end.
         params: name -> value, as proposed.
@@ -56,17 +57,16 @@ class TrialRecord:
         """What a trial of Optuna says about itself."""
         known = trial.user_attrs
         accuracy = _finite(known.get("accuracy"))
-        choices, evaluated = known.get("choices"), bool(known.get("evaluated", False))
-        finished = evaluated and trial.state.name == "COMPLETE"  # killed ones end when somebody finds them
+        finished = claimed(trial) and trial.state.name == "COMPLETE"  # killed ones end when somebody finds them
         return cls(
             number=trial.number,
             state=trial.state.name,
-            choices=None if choices is None else tuple(int(choice) for choice in choices),
+            choices=choices_of(trial),
             plan=known.get("plan"),
-            cost=_finite(known.get("cost")),
+            cost=None if choices_of(trial) is None else _finite(cost_of(trial)),
             accuracy=accuracy,
             drop=None if accuracy is None else _finite(known.get("drop")),
-            evaluated=evaluated,
+            evaluated=claimed(trial),
             reason=known.get("reason"),
             seconds=trial.duration.total_seconds() if finished and trial.duration is not None else None,
             params=dict(trial.params),

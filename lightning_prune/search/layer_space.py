@@ -11,7 +11,7 @@ from lightning_prune.plan import PlanEntry
 from lightning_prune.search.objectives import Costs
 from lightning_prune.search.space import CostTable, Floats, Ints, SearchSpace
 
-_MOST_GROUPS = 8
+_MOST_GROUPS = 6
 """Coefficients that Optuna proposes; neighbouring layers share one where there are more."""
 
 
@@ -60,8 +60,8 @@ def layer_space(
 def _groups(items: int) -> tuple[int, ...]:
     """Neighbouring items share a group, in equally many.
 
-    >>> _groups(3), _groups(16)
-    ((0, 1, 2), (0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7))
+    >>> _groups(3), _groups(12)
+    ((0, 1, 2), (0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5))
     """
     groups = min(items, _MOST_GROUPS)
     return tuple(item * groups // items for item in range(items))

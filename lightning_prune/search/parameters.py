@@ -81,6 +81,8 @@ def proposed(space: SearchSpace, share: float, weights: Sequence[float] | Floats
 def suggested(trial: Trial, space: SearchSpace, moves: bool = True) -> Candidate | None:
     """Ask a trial for the parameters and allocate: what an objective begins with.
 
+    The trial's attribute `candidate` says what was allocated: `choices`, one per item, and `cost`.
+
     Args:
         trial: of a study with any sampler.
         space: of the plans.
@@ -96,7 +98,11 @@ def suggested(trial: Trial, space: SearchSpace, moves: bool = True) -> Candidate
     share = trial.suggest_float("budget", 0.0, 1.0)
     weights = [trial.suggest_float(name, LEAST, MOST, log=True) for name in weight_names(space)]
     move = trial.suggest_int("move", 0, len(space.items) * len(space.entries[0])) if moves else 0
-    return moved(space, space.allocate(space.budget(share), weights), move)
+    candidate = moved(space, space.allocate(space.budget(share), weights), move)
+    if candidate is not None:
+        choices = [int(choice) for choice in candidate.choices]
+        trial.set_user_attr("candidate", {"choices": choices, "cost": float(candidate.cost)})
+    return candidate
 
 
 def weight_names(space: SearchSpace) -> list[str]:

@@ -13,6 +13,7 @@ from lightning_prune import targets
 from lightning_prune.plan import SparsityPlan
 from lightning_prune.preparation import inference_copy
 from lightning_prune.search.candidates import Candidates
+from lightning_prune.search.claims import choices_of, cost_of
 from lightning_prune.search.phases import Phases
 from lightning_prune.search.result import drop_of
 
@@ -98,18 +99,17 @@ class Proof:
     recovered: bool
 
     @property
-    def choices(self) -> list[int]:
+    def choices(self) -> tuple[int, ...]:
         """Of the plan, one per layer."""
-        return list(self.trial.user_attrs["choices"])
+        return choices_of(self.trial) or ()
 
     @property
     def said(self) -> dict[str, Any]:
         """What the result keeps of it."""
-        cost = float(self.trial.user_attrs["cost"])
         searched = self.trial.user_attrs["accuracy"]
         return {
             "trial": self.trial.number,
-            "cost": cost,
+            "cost": cost_of(self.trial),
             "search_accuracy": searched,
             "accuracy": self.accuracy,
             "drop": self.drop,
@@ -158,7 +158,7 @@ class Confirmation:
         return min(found, key=lambda proof: proof.drop), [proof.said for proof in found]
 
     def _proof(self, trial: FrozenTrial, which: str) -> Proof:
-        chosen = trial.user_attrs["choices"]
+        chosen = choices_of(trial) or ()
         repaired, trained = inference_copy(self.candidates.repaired(chosen)), None
         if self.recover is not None:
             with self.phases.phase("recovery", f"Recovering the {which}"):
@@ -177,7 +177,8 @@ class Confirmation:
 def front_point(trial: FrozenTrial) -> dict[str, Any]:
     """What the result of a search for a front keeps of one of its trials."""
     said = trial.user_attrs
-    return {"trial": trial.number, **{name: said[name] for name in ("cost", "accuracy", "drop", "plan")}}
+    kept = {name: said[name] for name in ("accuracy", "drop", "plan")}
+    return {"trial": trial.number, "cost": cost_of(trial), **kept}
 
 
 def known(value: float | None) -> float:

@@ -14,6 +14,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution, IntDistrib
 from optuna.samplers import BaseSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from lightning_prune.search.claims import choices_of
 from lightning_prune.search.parameters import LEAST, MOST, Choices, Parameters, Proposal, proposed, weight_names
 from lightning_prune.search.proposals import Proposer, Seen
 from lightning_prune.search.space import SearchSpace
@@ -30,9 +31,10 @@ _FAILURES = 2
 class ThresholdSampler(BaseSampler):
     """Proposes budgets and coefficients of a search space: first the level set of accuracy, then what is cheaper.
 
-    It reads the attributes `choices` and `drop` of the study's trials; a dense network has drop 0. Plans that other
-    workers are evaluating are taken to come out as foreseen, and are not proposed again; of a trial that runs, but has
-    no parameters yet, it is foreseen which plan it is about to get. `Proposer` describes the two phases.
+    It reads the attributes `candidate`, which `suggested` writes, and `drop` of the study's trials; a dense network has
+    drop 0. Plans that other workers are evaluating are taken to come out as foreseen, and are not proposed again; of a
+    trial that runs, but has no parameters yet, it is foreseen which plan it is about to get.
+    `Proposer` describes the two phases.
 
     Parameters are `budget` and `weight.<group>`, see `SearchSpace.allocate`, and, once a trial of the study has asked
     for it, `move`, see `suggested`. When nothing cheaper is found any more the incumbent's parameters are proposed
@@ -70,10 +72,15 @@ class ThresholdSampler(BaseSampler):
         self._seed = int(np.random.SeedSequence().entropy) % 2**32 if seed is None else seed  # type: ignore[arg-type]
         self._proposers = {moves: Proposer(space, self.max_drop, moves) for moves in (False, True)}
         self._others = RandomSampler(seed=self._seed)
+        self._read: Sequence[FrozenTrial] | None = None
 
     def reseed_rng(self) -> None:
         """Workers of one study that share a process draw different numbers anyway: those of their trials."""
         self._others.reseed_rng()
+
+    def just_read(self, trials: Sequence[FrozenTrial]) -> None:
+        """Spares the next proposal reading the study once more: for whoever did so right before it."""
+        self._read = trials
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All parameters; what a trial does not ask for is not stored."""
@@ -83,9 +90,10 @@ class ThresholdSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """Values for all parameters; there is no move where no trial has asked for one yet."""
+        read, self._read = self._read, None
         if search_space.keys() - {"move"} <= trial.system_attrs.get("fixed_params", {}).keys():
             return {}
-        trials = study.get_trials(deepcopy=False)
+        trials = study.get_trials(deepcopy=False) if read is None else read
         proposer = self._proposers[any("move" in other.params for other in trials)]
         seen, nameless = history(trials, self.space, trial.number)
         found = None
@@ -163,11 +171,10 @@ def history(trials: Sequence[FrozenTrial], space: SearchSpace, before: int) -> t
 
 
 def _choices(trial: FrozenTrial, space: SearchSpace, parameters: Parameters | None) -> Choices | None:
-    given = trial.user_attrs.get("choices")
-    if given is None:
+    choices = choices_of(trial)
+    if choices is None:
         found = None if parameters is None or trial.state != TrialState.RUNNING else proposed(space, *parameters)
         return None if found is None else found.candidate.choices
-    choices = tuple(map(int, given))
     fits = len(choices) == len(space.items) and min(choices) >= 0 and max(choices) < len(space.entries[0])
     return choices if fits else None
 

@@ -19,6 +19,7 @@ from lightning_prune.plan import SparsityPlan
 from lightning_prune.preparation import inference_copy, placement
 from lightning_prune.quantization.settings import QuantizationSettings
 from lightning_prune.search.candidates import Candidates, Repair
+from lightning_prune.search.claims import cost_of
 from lightning_prune.search.execution import counted, executed
 from lightning_prune.search.layer_space import layer_rows, layer_space
 from lightning_prune.search.library import Library
@@ -258,7 +259,7 @@ def _proven(
         dense_accuracy=proof.dense,
         search_accuracy=known(said["accuracy"]),
         evaluations=result.evaluations + confirmation.measure.calls,
-        cost=float(said["cost"]),
+        cost=cost_of(proof.trial),
         model=proof.network,
         details={
             **result.details,

@@ -83,9 +83,10 @@ def minimise(
 
     minimise cost(plan)   subject to   drop(plan) <= max_drop,   drop = dense - accuracy, or accuracy - dense for "min"
 
-    Every trial has the attributes `choices`, `plan`, `cost`, `accuracy`, `drop`, `evaluated` and `worker`,
-    its value is the cost, its constraint "drop" is `drop - max_drop`. A plan whose cost is not below that of the best
-    so far is never evaluated (its trial is pruned, `reason` says why); nor is one that was evaluated before.
+    Every trial has the attributes `worker` and `candidate` (`choices` and their estimated `cost`), those that are
+    evaluated also `plan`, `accuracy` and `drop`, and their value is the cost, their constraint "drop" is
+    `drop - max_drop`. A plan whose cost is not below that of the best so far is never evaluated (its trial is pruned,
+    `reason` says why); nor is one that was evaluated before.
 
     Workers that give the same storage and name share one study and its evaluations; no plan is evaluated by two. The
     same call later goes on where the study ended. Trials of workers that were killed are run again: at once where the

@@ -8,10 +8,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from lightning_prune.search.claims import Terms, Verdict, evaluated, evaluating, feasible, incumbent_cost, verdict
+from lightning_prune.search.claims import (
+    Terms,
+    Verdict,
+    choices_of,
+    claimed,
+    cost_of,
+    evaluated,
+    evaluating,
+    feasible,
+    incumbent_cost,
+    verdict,
+)
 from lightning_prune.search.interrupts import Interrupts
 from lightning_prune.search.parameters import suggested
 from lightning_prune.search.result import drop_of
+from lightning_prune.search.sampler import ThresholdSampler
 from lightning_prune.search.space import Candidate, SearchSpace
 from lightning_prune.search.workers import Worker, retry_dead
 
@@ -110,14 +122,10 @@ class Run:
         candidate = suggested(trial, self.space, self.moves)
         if candidate is None:
             raise self._skipped(trial, Verdict(reason="no plan meets this budget"))
-        cost = float(candidate.cost)
-        trial.set_user_attr("choices", list(candidate.choices))
         found = self._decided(trial, candidate)
         self._interrupts.check()
-        trial.set_user_attr("cost", cost)
-        trial.set_user_attr("plan", self.space.plan(candidate.choices).as_dict())
         if found.evaluate:
-            trial.set_user_attr("evaluated", True)
+            trial.set_user_attr("plan", self.space.plan(candidate.choices).as_dict())
             value = self._measured(trial, candidate)
             self._idle = self._collisions = 0
         elif found.known:
@@ -128,6 +136,7 @@ class Run:
         drop = self._drop(value)
         trial.set_user_attr("accuracy", value if math.isfinite(value) else None)
         trial.set_user_attr("drop", drop)
+        cost = float(candidate.cost)
         if self.terms.max_drop is None:
             return cost, drop
         trial.set_constraint("drop", drop - self.terms.max_drop)
@@ -145,7 +154,7 @@ class Run:
 
     def _require_own(self, trial: FrozenTrial) -> None:
         """Leave a trial that another worker runs: without row locks, as in SQLite, two may take one off the queue."""
-        if trial.user_attrs["worker"] == self.worker.mark and "evaluated" not in trial.user_attrs:
+        if trial.user_attrs["worker"] == self.worker.mark and not claimed(trial):
             return
         while not trial.state.is_finished():
             # Optuna will record an end of this trial as soon as the worker leaves it, which must not be too early.
@@ -160,7 +169,6 @@ class Run:
     def _skipped(self, trial: Trial, found: Verdict) -> Exception:
         from optuna import TrialPruned
 
-        trial.set_user_attr("evaluated", False)
         trial.set_user_attr("reason", found.reason)
         if not found.known and self.terms.max_drop is not None:
             # Tells samplers that know constraints why a cheaper plan is needed; the drop is not known.
@@ -209,6 +217,8 @@ class Run:
             if 1 + len(done) >= self.terms.evaluations:
                 self._stopped = "finished"
             elif 1 + len(done) + len(running) < self.terms.evaluations:
+                if isinstance(self.study.sampler, ThresholdSampler):
+                    self.study.sampler.just_read(trials)
                 return
             if len(done) != last:
                 since_s, last = time.monotonic(), len(done)
@@ -231,29 +241,29 @@ class Run:
 def best_trial(trials: Sequence[FrozenTrial], max_drop: float) -> FrozenTrial | None:
     """The cheapest that is accurate enough; the more accurate of two, then the earlier."""
     enough = [t for t in evaluated(trials) if feasible(t.user_attrs, max_drop)]
-    return min(enough, key=lambda t: (t.user_attrs["cost"], t.user_attrs["drop"], t.number), default=None)
+    return min(enough, key=lambda t: (cost_of(t), t.user_attrs["drop"], t.number), default=None)
 
 
 def feasible_trials(trials: Sequence[FrozenTrial], max_drop: float) -> list[FrozenTrial]:
     """Those that are accurate enough, as `best_trial` would choose among them, one of each plan."""
     enough = [t for t in evaluated(trials) if feasible(t.user_attrs, max_drop)]
-    enough.sort(key=lambda t: (t.user_attrs["cost"], t.user_attrs["drop"], t.number))
+    enough.sort(key=lambda t: (cost_of(t), t.user_attrs["drop"], t.number))
     first: dict[tuple[int, ...], FrozenTrial] = {}
     for trial in enough:
-        first.setdefault(tuple(trial.user_attrs["choices"]), trial)
+        first.setdefault(choices_of(trial) or (), trial)
     return list(first.values())
 
 
 def nearest_trial(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
     """The one that lost least, of those the cheapest."""
-    return min(evaluated(trials), key=lambda t: (t.user_attrs["drop"], t.user_attrs["cost"], t.number), default=None)
+    return min(evaluated(trials), key=lambda t: (t.user_attrs["drop"], cost_of(t), t.number), default=None)
 
 
 def front_trials(trials: Sequence[FrozenTrial]) -> tuple[FrozenTrial, ...]:
     """Trials of which none is both cheaper and more accurate than another, the cheapest first."""
     finite = [t for t in evaluated(trials) if t.user_attrs["accuracy"] is not None]
     found: list[FrozenTrial] = []
-    for trial in sorted(finite, key=lambda t: (t.user_attrs["cost"], t.user_attrs["drop"], t.number)):
+    for trial in sorted(finite, key=lambda t: (cost_of(t), t.user_attrs["drop"], t.number)):
         if not found or trial.user_attrs["drop"] < found[-1].user_attrs["drop"]:
             found.append(trial)
     return tuple(found)

@@ -12,6 +12,8 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_prune.search.claims import choices_of, evaluated
+
 if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
@@ -107,20 +109,13 @@ def retry(study: Study, trial: FrozenTrial, trials: Sequence[FrozenTrial] | None
         trial: that failed.
         trials: of the study, where they have been read already.
     """
-    from optuna.trial import TrialState
-
     if "reason" in trial.user_attrs:
         return
     trials = study.get_trials(deepcopy=False) if trials is None else trials
     parameters = {**trial.user_attrs.get("proposal", {}), **trial.params}
     tries = int(trial.user_attrs.get("retries", 0)) + 1
     again = any(t.user_attrs.get("retry_of") == trial.number for t in trials)
-    known = any(
-        t.state == TrialState.COMPLETE
-        and t.user_attrs.get("evaluated")
-        and t.user_attrs["choices"] == trial.user_attrs.get("choices")
-        for t in trials
-    )
+    known = any(choices_of(t) == choices_of(trial) for t in evaluated(trials))
     if "budget" in parameters and not again and not known and tries <= RETRIES:
         attributes = {"retry_of": trial.number, "retries": tries, "proposal": parameters}
         study.enqueue_trial(parameters, user_attrs=attributes)

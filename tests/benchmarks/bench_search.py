@@ -27,6 +27,7 @@ import optuna
 import torch
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 
+from lightning_prune.search.claims import choices_of, cost_of
 from lightning_prune.search.parameters import suggested
 from lightning_prune.search.sampler import ThresholdSampler
 from lightning_prune.search.space import SearchSpace
@@ -94,8 +95,6 @@ def searched(
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             idle += 1
             continue
-        trial.set_user_attr("choices", list(candidate.choices))
-        trial.set_user_attr("cost", candidate.cost)
         idle += 1
         if candidate.choices not in known:
             idle = 0
@@ -111,7 +110,7 @@ def searched(
 
 def least_cost(study: optuna.Study, space: SearchSpace, max_drop: float) -> float:
     """Of what was feasible, the dense network included."""
-    costs = [t.user_attrs["cost"] for t in study.trials if t.user_attrs.get("drop", np.inf) <= max_drop]
+    costs = [cost_of(t) for t in study.trials if t.user_attrs.get("drop", np.inf) <= max_drop]
     return float(min([space.dense_cost, *costs]))
 
 
@@ -123,7 +122,7 @@ def ended(name: str, table: Truth, max_drop: float, seed: int, evaluations: int)
         study, seconds = searched(
             space, lambda choices: float(drop[choices]), max_drop, seed, evaluations, moves=name == "threshold"
         )
-        done = 1 + len({tuple(t.user_attrs["choices"]) for t in study.trials if "choices" in t.user_attrs})
+        done = 1 + len({choices_of(t) for t in study.trials if "drop" in t.user_attrs})
         return Ended(least_cost(study, space, max_drop) / table.best_s(max_drop) - 1, done, seconds)
     study = optuna.create_study(sampler=OTHERS[name](seed))
     seen: set[tuple[int, ...]] = {(0,) * drop.ndim}

@@ -30,7 +30,7 @@ def history(number: int, seed: int = 0, groups: int = 3, **options: Any) -> Hist
         cost = DENSE_COST * math.exp(-2 * budget)
         record = TrialRecord(place, choices=(place, 1), plan={"net.0.weight": budget}, cost=cost, params=params)
         if place % 5 == 4:
-            record = replace(record, state="PRUNED", reason="a cost of 1 is not below the incumbent's 0.5")
+            record = replace(record, state="PRUNED", plan=None, reason="a cost of 1 is not below the incumbent's 0.5")
         elif place % 7 == 6:
             record = replace(record, evaluated=True, seconds=0.5)
         else:
@@ -45,7 +45,7 @@ def history(number: int, seed: int = 0, groups: int = 3, **options: Any) -> Hist
 def study(of: History) -> optuna.Study:
     """The same as Optuna keeps it."""
     made = optuna.create_study()
-    about = {"schema": "lightning-prune/study/1", "metric": of.metric, "mode": of.mode, "max_drop": of.max_drop}
+    about = {"schema": "lightning-prune/study/2", "metric": of.metric, "mode": of.mode, "max_drop": of.max_drop}
     about |= {"dense_accuracy": of.dense_accuracy, "dense_cost": of.dense_cost, "objective": of.objective}
     made.set_user_attr(ATTRIBUTE, about)
     for trial in of.trials:
@@ -56,8 +56,8 @@ def study(of: History) -> optuna.Study:
 def add(made: optuna.Study, trial: TrialRecord) -> None:
     pruned = trial.state == "PRUNED"
     diverged = trial.evaluated and trial.accuracy is None
-    attributes = {"choices": list(trial.choices or ()), "plan": trial.plan, "cost": trial.cost, "worker": "1-2-3"}
-    attributes |= {"evaluated": trial.evaluated, "reason": trial.reason}
+    candidate = {"choices": list(trial.choices or ()), "cost": trial.cost}
+    attributes: dict[str, Any] = {"candidate": candidate, "plan": trial.plan, "worker": "1-2-3", "reason": trial.reason}
     attributes |= {"accuracy": trial.accuracy, "drop": 1e6 if diverged else trial.drop}
     ranges: dict[str, BaseDistribution] = {
         name: FloatDistribution(0, 1) if name == "budget" else FloatDistribution(math.exp(-3), math.exp(3), log=True)

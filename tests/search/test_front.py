@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_prune.plan import SparsityPlan
 from lightning_prune.report import report
+from lightning_prune.search.claims import claimed, cost_of
 from lightning_prune.search.history import load_trials, save_trials
 from lightning_prune.search.result import SearchResult
 from lightning_prune.search.search import search_sparsity
@@ -44,8 +45,7 @@ def test_the_front_is_what_no_other_evaluation_is_better_than(network: nn.Module
         confirm=lambda model: pytest.fail("nor one to confirm"),
     )
     assert accuracy.calls == result.evaluations == 14
-    done = [t.user_attrs for t in trials if t.user_attrs.get("evaluated")]
-    points = {(t["cost"], t["drop"]) for t in done}
+    points = {(cost_of(t), t.user_attrs["drop"]) for t in trials if claimed(t)}
     best = sorted(p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points))
     assert [(point["cost"], point["drop"]) for point in result.front] == best
     assert len(best) > 2

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from lightning_prune.allocation import BudgetAllocator
+from lightning_prune.search.claims import choices_of
 from lightning_prune.search.parameters import Inverse, moved, proposed, suggested, useful_choices
 from lightning_prune.search.proposals import Proposer, Seen
 from lightning_prune.search.sampler import ThresholdSampler
@@ -62,7 +63,7 @@ def exhaustive(found: SearchSpace, drop: Callable[[Choices], float], max_drop: f
 
 
 def plans_of(study: optuna.Study) -> list[Choices]:
-    return [tuple(t.user_attrs["choices"]) for t in study.trials if "choices" in t.user_attrs]
+    return [choices_of(t) or () for t in study.trials if "drop" in t.user_attrs]
 
 
 # Against exhaustive truth.
@@ -217,7 +218,7 @@ def test_a_study_goes_on_as_if_it_had_not_ended() -> None:
     assert trial.params == whole.trials[len(half.trials)].params
 
 
-@pytest.mark.parametrize("shown", ["choices", "parameters"])
+@pytest.mark.parametrize("shown", ["candidate", "parameters"])
 @pytest.mark.parametrize("before", [0, 12])
 def test_what_others_evaluate_is_not_proposed_again(shown: str, before: int) -> None:
     found = network()
@@ -232,8 +233,8 @@ def test_what_others_evaluate_is_not_proposed_again(shown: str, before: int) -> 
         assert candidate is not None
         assert candidate.choices not in seen
         seen.add(candidate.choices)
-        if shown == "choices":
-            trial.set_user_attr("choices", list(candidate.choices))
+        if shown == "parameters":
+            study._storage.set_trial_user_attr(trial._trial_id, "candidate", None)
 
 
 def test_workers_that_begin_at_once_get_different_plans() -> None:
@@ -263,7 +264,6 @@ def test_a_plan_whose_trials_fail_is_given_up_after_two() -> None:
         candidate = suggested(trial, found)
         assert candidate is not None
         plans.append(candidate.choices)
-        trial.set_user_attr("choices", list(candidate.choices))
         study.tell(trial, state=TrialState.FAIL)
     assert plans[0] == plans[1] != plans[2]
 
@@ -308,9 +308,10 @@ def test_parameters_of_others_are_drawn() -> None:
 def test_trials_of_another_space_and_odd_attributes_are_passed_over() -> None:
     found = network()
     study = optuna.create_study(sampler=ThresholdSampler(found, 0.01, 0))
-    for attributes in ({"choices": [1, 2], "drop": 0.0}, {"choices": [99] * 4, "drop": 0.0}, {"drop": 0.1}, {}):
+    short, beyond, good = ({"choices": choices, "cost": 1.0} for choices in ([1, 2], [99] * 4, [5] * 4))
+    for attributes in ({"candidate": short, "drop": 0.0}, {"candidate": beyond, "drop": 0.0}, {"drop": 0.1}, {}):
         study.add_trial(optuna.trial.create_trial(value=0.0, user_attrs=attributes))
-    study.add_trial(optuna.trial.create_trial(value=9.0, user_attrs={"choices": [5] * 4, "drop": None}))
+    study.add_trial(optuna.trial.create_trial(value=9.0, user_attrs={"candidate": good, "drop": None}))
     trial = study.ask()
     candidate = suggested(trial, found)
     assert candidate is not None
@@ -478,7 +479,6 @@ def test_parameters_survive_a_database(tmp_path: Any) -> None:
             trial = study.ask()
             candidate = suggested(trial, found)
             assert candidate is not None
-            trial.set_user_attr("choices", list(candidate.choices))
             trial.set_user_attr("drop", drop(candidate.choices))
             study.tell(trial, candidate.cost)
             plans.append(candidate.choices)

@@ -249,7 +249,7 @@ def test_every_pass_of_the_whole_network_is_an_evaluation(dense: nn.Sequential) 
     )
     assert confirm.calls == 3  # the dense network, the repaired and the recovered one
     assert result.evaluations == accuracy.calls + confirm.calls
-    assert accuracy.calls == 1 + sum(bool(t.user_attrs.get("evaluated")) for t in trials)
+    assert accuracy.calls == 1 + sum(("plan" in t.user_attrs) for t in trials)
     assert result.dense_accuracy == Accuracy(seed=2)(dense)
     assert result.model is not None
     assert result.accuracy == Accuracy(seed=2)(result.model)
@@ -274,19 +274,19 @@ def test_the_next_plan_is_tried_where_confirmation_fails(dense: nn.Sequential, f
     result = search(
         dense, Accuracy(), confirm=confirm, max_drop=0.1, on_trial=lambda study, trial: trials.append(trial)
     )
-    enough = [t for t in trials if t.user_attrs.get("evaluated") and t.user_attrs["drop"] <= 0.1]
-    by_cost = sorted(enough, key=lambda t: t.user_attrs["cost"])
+    enough = [t for t in trials if "plan" in t.user_attrs and t.user_attrs["drop"] <= 0.1]
+    by_cost = sorted(enough, key=lambda t: t.user_attrs["candidate"]["cost"])
     assert len(by_cost) > 2
     said = result.details["confirmations"]
     assert [each["trial"] for each in said] == [t.number for t in by_cost[: failing + 1]]
     assert [each["drop"] <= 0.1 for each in said] == [False] * failing + [True]
     assert result.feasible
-    assert result.cost == by_cost[failing].user_attrs["cost"]
+    assert result.cost == by_cost[failing].user_attrs["candidate"]["cost"]
     assert result.plan == SparsityPlan(by_cost[failing].user_attrs["plan"])
     assert result.accuracy == said[-1]["accuracy"] == by_cost[failing].user_attrs["accuracy"]
     assert result.search_accuracy == said[-1]["search_accuracy"]
     assert confirm.calls == 2 + failing
-    assert result.evaluations == 1 + sum(bool(t.user_attrs.get("evaluated")) for t in trials) + confirm.calls
+    assert result.evaluations == 1 + sum(("plan" in t.user_attrs) for t in trials) + confirm.calls
 
 
 def test_where_no_plan_is_confirmed_the_nearest_of_them_is_carried(dense: nn.Sequential) -> None:

@@ -45,9 +45,9 @@ def random_sampler(seed: int = 0) -> optuna.samplers.BaseSampler:
 def plans(outcome: Outcome) -> list[tuple[int, ...]]:
     """Evaluated plans in their order."""
     return [
-        tuple(t.user_attrs["choices"])
+        tuple(t.user_attrs["candidate"]["choices"])
         for t in outcome.study.trials
-        if t.state == TrialState.COMPLETE and t.user_attrs["evaluated"]
+        if t.state == TrialState.COMPLETE and "plan" in t.user_attrs
     ]
 
 
@@ -63,11 +63,11 @@ def test_trials_say_what_they_are() -> None:
     assert len(set(network.asked)) == len(network.asked)
     for trial in trials:
         assert trial.state == TrialState.COMPLETE or trial.user_attrs["reason"]
-        if not trial.user_attrs["evaluated"]:
+        if "plan" not in trial.user_attrs:
             continue
-        said, choices = trial.user_attrs, tuple(trial.user_attrs["choices"])
+        said, choices = trial.user_attrs, tuple(trial.user_attrs["candidate"]["choices"])
         cost = float(SPACE.cost(np.array([choices]))[0])
-        assert trial.value == said["cost"] == cost
+        assert trial.value == said["candidate"]["cost"] == cost
         assert said["accuracy"] == network.true(choices)
         assert said["drop"] == 0.95 - said["accuracy"]
         assert trial.constraints == {"drop": said["drop"] - 0.01}
@@ -95,7 +95,7 @@ def test_what_cannot_beat_the_incumbent_is_not_evaluated() -> None:
     pruned = [t for t in outcome.study.trials if t.state == TrialState.PRUNED]
     dear = [t for t in pruned if "is not below the incumbent's" in t.user_attrs["reason"]]
     assert dear
-    assert all(t.constraints["cost"] >= 0 and not t.user_attrs["evaluated"] for t in dear)
+    assert all(t.constraints["cost"] >= 0 and "plan" not in t.user_attrs for t in dear)
     assert len(evaluated) == 24
 
 
@@ -111,7 +111,7 @@ def test_a_plan_is_evaluated_once_however_often_it_is_proposed() -> None:
     assert len(set(network.asked)) == len(network.asked) <= 5
     again = [t for t in outcome.study.trials if "evaluated the same plan" in t.user_attrs.get("reason", "")]
     assert again
-    assert all(t.state == TrialState.COMPLETE and not t.user_attrs["evaluated"] for t in again)
+    assert all(t.state == TrialState.COMPLETE and "plan" not in t.user_attrs for t in again)
     first = outcome.study.trials[int(again[0].user_attrs["reason"].split()[1])]
     assert again[0].values == first.values
     assert again[0].constraints == first.constraints
@@ -124,7 +124,7 @@ def test_default_sampler_finds_the_best_plan() -> None:
     best = min(float(of.cost(np.array([c]))[0]) for c in every if 0.95 - network.true(c) <= 0.02)
     outcome = search(of, network, max_drop=0.02, n_trials=40)
     assert outcome.best is not None
-    assert outcome.best.user_attrs["cost"] <= 1.01 * best
+    assert outcome.best.user_attrs["candidate"]["cost"] <= 1.01 * best
 
 
 @pytest.mark.parametrize("diverged", [math.nan, math.inf, -math.inf])
@@ -151,7 +151,7 @@ def test_nothing_feasible_carries_the_nearest() -> None:
 def test_lower_may_be_better() -> None:
     outcome = search(accuracy=lambda c: 0.3 + 0.1 * sum(c.choices), mode="min", dense_accuracy=0.3, max_drop=0.25)
     assert outcome.best is not None
-    assert sum(outcome.best.user_attrs["choices"]) == 2
+    assert sum(outcome.best.user_attrs["candidate"]["choices"]) == 2
     assert outcome.best.user_attrs["drop"] == pytest.approx(0.2)
 
 
@@ -518,4 +518,4 @@ def test_the_progress_bar_shows_the_best(capsys: pytest.CaptureFixture[str]) -> 
     said = capsys.readouterr().out
     assert "Search for the least cost" in said
     assert f"{outcome.evaluations}/6" in said
-    assert f"best {outcome.best.user_attrs['cost']:.4g}, " in " ".join(said.split())
+    assert f"best {outcome.best.user_attrs['candidate']['cost']:.4g}, " in " ".join(said.split())

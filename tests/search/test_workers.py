@@ -96,21 +96,21 @@ def share(storage: str, folder: Path, workers: int) -> None:
     trials = optuna.load_study(study_name="shared", storage=opened).trials
     release(opened)
     assert {t.state for t in trials} <= {TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL}
-    done = [t for t in trials if t.state == TrialState.COMPLETE and t.user_attrs["evaluated"]]
+    done = [t for t in trials if t.state == TrialState.COMPLETE and "plan" in t.user_attrs]
     assert len(done) == EVALUATIONS - 1
-    assert len({tuple(t.user_attrs["choices"]) for t in done}) == len(done)
+    assert len({tuple(t.user_attrs["candidate"]["choices"]) for t in done}) == len(done)
     assert [t.number for t in trials] == list(range(len(trials)))
 
     # What they wrote themselves says the same, and that all of the living took part.
     begun = lines(log)
     (killed,) = (choices for _, choices, hangs in begun if hangs)
     assert Counter(choices for _, choices, _ in begun) == Counter(
-        [killed, *(tuple(t.user_attrs["choices"]) for t in done)]
+        [killed, *(tuple(t.user_attrs["candidate"]["choices"]) for t in done)]
     )
     assert len({pid for pid, *_ in begun}) == workers
     (failed,) = (t for t in trials if t.state == TrialState.FAIL)
     (again,) = (t for t in trials if t.user_attrs.get("retry_of") == failed.number)
-    assert tuple(again.user_attrs["choices"]) == killed
+    assert tuple(again.user_attrs["candidate"]["choices"]) == killed
     assert again.state == TrialState.COMPLETE
     assert again.params == failed.params
 
@@ -184,15 +184,17 @@ def trial_like(number: int, state: TrialState, **attributes: Any) -> optuna.tria
     return trial
 
 
+def proposal(choices: list[int], cost: float = 5.0) -> dict[str, Any]:
+    return {"choices": choices, "cost": cost}
+
+
 TERMS = Terms(evaluations=10, dense_cost=8.0, dense_accuracy=0.9, max_drop=0.01)
 RUNNING, COMPLETE = TrialState.RUNNING, TrialState.COMPLETE
 
 
 def done(number: int, choices: list[int], cost: float, drop: float) -> optuna.trial.FrozenTrial:
     accuracy = 0.9 - drop
-    return trial_like(
-        number, COMPLETE, choices=choices, cost=cost, drop=drop, accuracy=accuracy, evaluated=True, reason=""
-    )
+    return trial_like(number, COMPLETE, candidate=proposal(choices, cost), plan={}, drop=drop, accuracy=accuracy)
 
 
 def test_verdicts() -> None:
@@ -204,8 +206,8 @@ def test_verdicts() -> None:
     # Known: evaluated by a finished trial, not by one that was passed over or failed.
     known = of(done(0, [1, 2], 5.0, 0.005))
     assert (known.evaluate, known.known, known.accuracy) == (False, True, 0.895)
-    assert of(trial_like(0, COMPLETE, choices=[1, 2], evaluated=False)).evaluate
-    assert of(trial_like(0, TrialState.FAIL, choices=[1, 2], evaluated=True)).evaluate
+    assert of(trial_like(0, COMPLETE, candidate=proposal([1, 2]), reason="dear")).evaluate
+    assert of(trial_like(0, TrialState.FAIL, candidate=proposal([1, 2]), plan={})).evaluate
     assert verdict(5, (0, 0), 8.0, [], TERMS).accuracy == 0.9
     # Dear: not below the cheapest that is feasible, or below dense.
     assert of(cost=8.0).reason == "a cost of 8 is not below the incumbent's 8"
@@ -215,24 +217,24 @@ def test_verdicts() -> None:
     assert of(done(0, [1, 1], 4.0, 0.011)).evaluate
     assert of(done(0, [1, 1], 4.0, 0.0), terms=Terms(10, 8.0, 0.9, None)).evaluate
     # Claimed: by any that evaluates already, by an earlier one that has yet to decide.
-    assert of(trial_like(9, RUNNING, choices=[1, 2], evaluated=True)).busy
-    assert of(trial_like(4, RUNNING, choices=[1, 2])).busy
-    assert of(trial_like(4, RUNNING, choices=[1, 2], evaluated=False)).evaluate
-    later = of(trial_like(6, RUNNING, choices=[1, 2]))
+    assert of(trial_like(9, RUNNING, candidate=proposal([1, 2]), plan={})).busy
+    assert of(trial_like(4, RUNNING, candidate=proposal([1, 2]))).busy
+    assert of(trial_like(4, RUNNING, candidate=proposal([1, 2]), reason="dear")).evaluate
+    later = of(trial_like(6, RUNNING, candidate=proposal([1, 2])))
     assert (later.evaluate, later.waits) == (True, True)
-    assert not of(trial_like(6, RUNNING, choices=[1, 1])).waits
+    assert not of(trial_like(6, RUNNING, candidate=proposal([1, 1]))).waits
     # The evaluations are shared; the dense network took one.
     eight = [done(n, [n], 9.0, 0.5) for n in range(100, 108)]
     assert of(*eight).evaluate
     assert of(*eight, done(108, [8], 9.0, 0.5)).reason == "all 10 evaluations are taken"
-    assert of(*eight, trial_like(4, RUNNING, choices=[1, 1])).busy
-    assert of(*eight, trial_like(6, RUNNING, choices=[1, 1], evaluated=True)).busy
-    assert of(*eight, trial_like(6, RUNNING, choices=[1, 1])).waits
+    assert of(*eight, trial_like(4, RUNNING, candidate=proposal([1, 1]))).busy
+    assert of(*eight, trial_like(6, RUNNING, candidate=proposal([1, 1]), plan={})).busy
+    assert of(*eight, trial_like(6, RUNNING, candidate=proposal([1, 1]))).waits
 
 
 @pytest.mark.parametrize(("left", "same"), [(9, True), (1, False), (1, True), (2, False)])
 def test_in_no_order_of_their_steps_do_two_workers_evaluate_too_much(left: int, same: bool) -> None:
-    """Every interleaving of two workers that write their choices, read all, and write what they decided."""
+    """Every interleaving of two workers that write their candidates, read all, and write what they decided."""
     terms = Terms(1 + left, 8.0, 0.9, 0.01)
     wanted = {3: [1, 2], 4: [1, 2] if same else [2, 1]}
     outcomes = set()
@@ -240,18 +242,19 @@ def test_in_no_order_of_their_steps_do_two_workers_evaluate_too_much(left: int, 
     def follow(told: dict[int, dict[str, Any]], verdicts: dict[int, Any], depth: int) -> None:
         moves = 0
         for number, said in told.items():
-            if "choices" not in said:
-                follow({**told, number: {"choices": wanted[number]}}, verdicts, depth + 1)
-            elif "evaluated" in said:
+            if "candidate" not in said:
+                follow({**told, number: {"candidate": proposal(wanted[number])}}, verdicts, depth + 1)
+            elif "plan" in said or "reason" in said:
                 continue
             elif number not in verdicts or (verdicts[number].waits and depth < 9):
                 trials = [trial_like(n, RUNNING, **each) for n, each in told.items()]
                 follow(told, {**verdicts, number: verdict(number, wanted[number], 5.0, trials, terms)}, depth + 1)
             elif not verdicts[number].waits:
-                follow({**told, number: {**said, "evaluated": verdicts[number].evaluate}}, verdicts, depth + 1)
+                decided = {"plan": {}} if verdicts[number].evaluate else {"reason": verdicts[number].reason}
+                follow({**told, number: {**said, **decided}}, verdicts, depth + 1)
             moves += 1
         if not moves:
-            outcomes.add(tuple(told[number]["evaluated"] for number in (3, 4)))
+            outcomes.add(tuple("plan" in told[number] for number in (3, 4)))
 
     follow({3: {}, 4: {}}, {}, 0)
     most = 1 if same else min(2, left)
@@ -290,8 +293,8 @@ def test_trials_of_the_dead_are_queued_again_but_not_forever() -> None:
         trial = study.ask()
         trial.suggest_float("budget", 0.0, 1.0)
         trial.set_user_attr("worker", mark)
-        trial.set_user_attr("choices", [trial.number + 1, 0])
-        trial.set_user_attr("evaluated", True)
+        trial.set_user_attr("candidate", proposal([trial.number + 1, 0]))
+        trial.set_user_attr("plan", {})
     retry_dead(study, here)
     retry_dead(study, here, orphans=True)
     states = [t.state for t in study.trials]
@@ -299,7 +302,7 @@ def test_trials_of_the_dead_are_queued_again_but_not_forever() -> None:
     again = study.ask()
     assert again.number == 3
     assert again.suggest_float("budget", 0.0, 1.0) == study.trials[0].params["budget"]
-    assert "choices" not in again.user_attrs
+    assert "candidate" not in again.user_attrs
     assert "worker" not in again.user_attrs
     for count in range(1, RETRIES + 1):
         assert study.trials[-1].user_attrs["retries"] == count
@@ -335,7 +338,7 @@ def test_a_trial_that_another_worker_took_off_the_queue_is_left_to_it() -> None:
     run = Run(study, of, network, terms, "max", Worker.here(), False, None)
     assert run.until(None, False, "") == "finished"
     assert study.trials[0].values == [1.0]
-    assert "evaluated" not in study.trials[0].user_attrs
+    assert "plan" not in study.trials[0].user_attrs
     assert len(network.asked) == 3
     ends[0].join()
 

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
 #include <stdexcept>
 #include <type_traits>
 
@@ -125,6 +124,8 @@ inline void transpose(const To& to, const From& from, int64_t rows, int64_t colu
     blocks(std::integral_constant<int, 8>());
 }
 
+constexpr int64_t kVisit = 8;  // weights that take as long as what a filter takes beside its weights
+
 constexpr int64_t kAhead = 4;  // channels whose input is fetched before its turn
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -208,14 +209,8 @@ void Plan::cut_blocks(const Weights& weights) {
     blocks_.back().channels.push_back(static_cast<int32_t>(c));
   }
 
-  // Filters are dealt out by how much they do: threads that take every n-th share have the same to do.
-  std::vector<int32_t> order(s.outputs);
-  share_.resize(s.outputs);
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int32_t x, int32_t y) {
-    return weights.starts[x + 1] - weights.starts[x] < weights.starts[y + 1] - weights.starts[y];
-  });
-  for (int64_t i = 0; i < s.outputs; ++i) share_[order[i]] = static_cast<int32_t>(i);
+  effort_.resize(s.outputs + 1);
+  for (int64_t o = 0; o <= s.outputs; ++o) effort_[o] = weights.starts[o] - weights.starts[0] + o * kVisit;
 
   // Each block's filters, those with equally many weights together: the processor then foresees the loops' ends.
   std::vector<std::vector<Filter>> cut(blocks_.size());
@@ -249,6 +244,12 @@ void Plan::cut_blocks(const Weights& weights) {
       blocks_[b].filters.push_back(filter);
     }
   }
+}
+
+// Where a part of the filters begins, if parts have about the same to do.
+int32_t Plan::first_output(int64_t part, int64_t parts) const {
+  const int64_t before = effort_.back() * part / parts;
+  return static_cast<int32_t>(std::lower_bound(effort_.begin(), effort_.end(), before) - effort_.begin());
 }
 
 // The positions of a band, side by side.
@@ -324,7 +325,7 @@ void Plan::filters(const Target& target) const {
   const int64_t pixels = shape_.out_height * shape_.out_width;
   const auto all_zero = V::all(0.0f);
   for (const Filter& filter : target.block->filters) {
-    if (target.parts > 1 && share_[filter.output] % target.parts != target.part) continue;
+    if (filter.output < target.first_output || filter.output >= target.end_output) continue;
     float* sum = target.sums + filter.output * size;
     float* to = target.output + filter.output * pixels;
     if (flat_ && filter.last && !shape_.linear)
@@ -462,7 +463,7 @@ void Plan::work(const Task& task, const float* input, float* output) const {
       const int64_t length = s.linear ? 0 : place(task, t, places);
       const int64_t at = flat_ ? (t.column - first.column) * step_ : (t.row - first.row) * skip_ + t.column * step_;
       const Target target{&block,  panel + at, sums + i * s.outputs * largest, output + (flat_ && !s.linear ? places[0] : 0),
-                          places, length,     task.part, task.parts};
+                          places, length,     task.first_output, task.end_output};
       if (settings_.lanes == 1) dispatch<1>(t, target);
       if (settings_.lanes == 4) dispatch<4>(t, target);
       if constexpr (kWidest >= 8)
@@ -475,9 +476,10 @@ void Plan::work(const Task& task, const float* input, float* output) const {
   for (int64_t i = 0; i < task.tiles; ++i) {
     const Tile t = tile(task.first_tile + i);
     const int64_t size = t.columns * settings_.lanes, start = t.column * settings_.lanes;
-    const float* mine = sums + i * s.outputs * largest;
-    transpose<16>([&](int64_t r) { return output + (start + r) * s.outputs; }, [&](int64_t o) { return mine + o * size; },
-              s.outputs, std::min(size, s.width - start));
+    const float* mine = sums + i * s.outputs * largest + task.first_output * size;
+    float* to = output + start * s.outputs + task.first_output;
+    transpose<16>([&](int64_t r) { return to + r * s.outputs; }, [&](int64_t o) { return mine + o * size; },
+                  task.end_output - task.first_output, std::min(size, s.width - start));
   }
 }
 
@@ -485,12 +487,12 @@ void Plan::run(const float* input, float* output, int64_t threads, const Paralle
   const int64_t strips = shape_.batch * settings_.strips, together = flat_ ? 1 : settings_.lanes;
   const int64_t groups = ceil_div(strips, together), bands = ceil_div(tiles_, settings_.band);
   // Where there are fewer bands than threads, threads share the filters of a band.
-  const int64_t parts = shape_.linear ? 1 : std::min(shape_.outputs, ceil_div(threads, groups * bands));
+  const int64_t parts = std::min(shape_.outputs, ceil_div(threads, groups * bands));
   auto some = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t strip = i / (bands * parts) * together, first = i / parts % bands * settings_.band;
       const Task task{strip, std::min(together, strips - strip), first, std::min(settings_.band, tiles_ - first),
-                      i % parts, parts};
+                      first_output(i % parts, parts), first_output(i % parts + 1, parts)};
       work(task, input, output);
     }
   };

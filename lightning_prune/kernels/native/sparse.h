@@ -79,7 +79,8 @@ class Plan {
     std::vector<Filter> filters;
   };
   struct Task {
-    int64_t strip, strips, first_tile, tiles, part, parts;
+    int64_t strip, strips, first_tile, tiles;
+    int32_t first_output, end_output;
   };
   struct Tile {
     int64_t row, rows, column, columns;
@@ -91,11 +92,12 @@ class Plan {
     float* output;   // of the image, or of the flat tile
     const int64_t* places;  // from there on of each row and lane, -1 for none
     int64_t length;         // of flat results
-    int64_t part, parts;
+    int32_t first_output, end_output;
   };
 
   void lay_out();
   void cut_blocks(const Weights& weights);
+  int32_t first_output(int64_t part, int64_t parts) const;
   Tile tile(int64_t index) const;
   void pack(const float* input, const Task& task, const Block& block, float* panel, const float* zeros) const;
   void pack_flat(const float* input, const Task& task, const Block& block, float* panel) const;
@@ -119,7 +121,7 @@ class Plan {
   std::vector<Block> blocks_;
   std::vector<float> bias_, values_;
   std::vector<uint16_t> offsets_;
-  std::vector<int32_t> share_;  // by filter: threads take every n-th one
+  std::vector<int64_t> effort_;  // of all filters before each one, and of all
 };
 
 }  // namespace lightning_prune
