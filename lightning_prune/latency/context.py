@@ -20,8 +20,9 @@ from lightning_prune.latency.timing import Timing, synchroniser
 _UNTIMED, _IN_A_ROW = 1, 3
 """Passes with the same variants: to warm caches, and to be timed."""
 
-_HOPELESS, _LONG_S = 1.5, 5e-3
-"""Times longer than each layer's first variant, and seconds in all, that variants take which nobody would choose."""
+_HOPELESS, _SLOWER, _LONG_S = 1.5, 1.2, 5e-3
+"""Times longer than the layers' first variants in all, and than each of them, and seconds in all, that variants take
+which nobody would choose."""
 
 
 class TimedLayer(nn.Module):
@@ -59,6 +60,10 @@ class TimedLayer(nn.Module):
                     call.append(seconds)
         self.taken = []
 
+    def least_s(self, number: int) -> float:
+        """The least times of a variant's calls, added up."""
+        return sum(min(times) for times in self.seconds[number])
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the active variant gives."""
         variant = self.variants[self.active]
@@ -91,7 +96,7 @@ class Pass:
 def timed_passes(
     layers: Sequence[TimedLayer], run: Callable[[], object], rounds: int, pace: Pace | None = None
 ) -> Iterator[Pass]:
-    """Run passes until every variant of every layer was timed `rounds` times, hopelessly slow ones a few times only.
+    """Run passes until every variant of every layer was timed `rounds` times, hopelessly slow ones only once.
 
     All layers run the variant of one number, so that the sparse ones run in a sparse network, whose weights may all
     lie in cache. Then the network runs a few times, the first of which do not count: one that is used finds its
@@ -123,6 +128,8 @@ def timed_passes(
             if number >= _UNTIMED:
                 found.append(Pass(turn % most, Timing((wall,), (thread,)), sum(layer.pass_s for layer in layers)))
                 full = full and (pace is None or pace.full())
+                if _slow([(layer.least_s(0), layer.pass_s) for layer in layers if turn % len(layer.variants)]):
+                    break
         counts = pace is None or pace.counts(time.perf_counter() - start, full=full)
         for layer in layers:
             layer.end(counts=counts)
@@ -134,13 +141,14 @@ def timed_passes(
 
 def _hopeless(layers: Sequence[TimedLayer], turn: int) -> bool:
     """Whether no layer would be run by its variant in this turn, by what it took before."""
-
-    def least_s(layer: TimedLayer, variant: int) -> float:
-        return sum(min(times) for times in layer.seconds[variant])
-
     others = [(layer, turn % len(layer.variants)) for layer in layers if turn % len(layer.variants)]
-    slow = all(0 < _HOPELESS * least_s(layer, 0) < least_s(layer, variant) for layer, variant in others)
-    return slow and sum(least_s(layer, variant) for layer, variant in others) > _LONG_S
+    return _slow([(layer.least_s(0), layer.least_s(variant)) for layer, variant in others])
+
+
+def _slow(pairs: Sequence[tuple[float, float]]) -> bool:
+    """Whether no layer would be run by its variant, by far, given what its first one takes, and what this one does."""
+    first_s, slow_s = (sum(seconds) for seconds in zip(*pairs, strict=True)) if pairs else (0.0, 0.0)
+    return slow_s > max(_HOPELESS * first_s, _LONG_S) and all(0 < _SLOWER * first_s < s for first_s, s in pairs)
 
 
 def passes_of(layers: Sequence[TimedLayer], rounds: int) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,9 @@ from lightning_prune.preparation import put
 
 _FEWEST, _MOST, _WHILE_S = 3, 48, 0.25
 """Passes of one variant in which nothing is timed but the whole, and for how long."""
+
+_WHOLES_S = 0.6
+"""For so long the whole passes of a kernel are timed, at least those of its fastest variant."""
 
 _FASTER = 0.9
 """Share of the dense layers' time below which a pass says more than the dense one."""
@@ -81,11 +85,17 @@ def measure_kernel(
     generator = torch.Generator().manual_seed(0)
     timed: dict[str, TimedLayer] = {}
     places: dict[str, tuple[Point, ...]] = {}
+    samples: dict[Any, list[nn.Module]] = {}
     for name, (layer, works) in layers.items():
         variants: list[nn.Module] = []
         if not any(kernel.refuses(work, machine.torch_dtype, device) for work in works):
             places[name] = () if isinstance(kernel, Dense) else points(kernel, works[0])
-            variants = [kernel.sample(pruned(layer, kernel.granularity, place, generator)) for place in places[name]]
+            alike = (works, layer.bias is None)
+            if alike in samples:  # memory of their own, but the same zeros: these take long to choose
+                variants = copy.deepcopy(samples[alike])
+            else:
+                variants = [kernel.sample(pruned(layer, kernel.granularity, at, generator)) for at in places[name]]
+                samples[alike] = variants
         timed[name] = TimedLayer([layer, *variants], device)
     if not places:
         advance(1.0)
@@ -116,16 +126,28 @@ def measure_kernel(
     if wholes:
         inside = [_least_s(timed, number) for number in range(max(len(layer.variants) for layer in timed.values()))]
         faster = [number for number, layers_s in enumerate(inside) if layers_s < _FASTER * inside[0]]
-        pairs = tuple((inside[number], _whole_s(model, timed, number, run, device, pace)) for number in faster)
+        pairs = tuple(
+            (inside[number], _whole_s(model, timed, number, run, device, pace))
+            for number in _spread(sorted(faster, key=inside.__getitem__), int(_WHOLES_S / (_FEWEST * inside[0])))
+        )
         if isinstance(kernel, Dense):
             rest_s = _whole_s(model, timed, 0, run, device, pace) - min(one.layers_s for one in passes)
     return Passes(tuple(measurements), dense_s, pairs, rest_s, not single or wall - thread <= AGREEMENT * wall)
 
 
+def _spread(ordered: Sequence[int], most: int) -> list[int]:
+    """At most so many of some numbers, but the first, evenly from the first to the last.
+
+    >>> _spread([7, 8, 9, 5, 6], 3), _spread([7, 8, 9], 0), _spread([], 3)
+    ([7, 9, 6], [7], [])
+    """
+    count = min(len(ordered), max(1, most))
+    return [ordered[round(i * (len(ordered) - 1) / max(1, count - 1))] for i in range(count)]
+
+
 def _least_s(layers: Mapping[str, TimedLayer], number: int) -> float:
     """Least seconds of the layers' variants of a number, added up."""
-    variants = [layer.seconds[number % len(layer.variants)] for layer in layers.values()]
-    return sum(min(times) for calls in variants for times in calls)
+    return sum(layer.least_s(number % len(layer.variants)) for layer in layers.values())
 
 
 def _whole_s(

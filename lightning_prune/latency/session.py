@@ -94,7 +94,7 @@ class Session:
                 if dense_first and not known:
                     wholes[layout] = tuple(pair for one in passes for pair in one.wholes)
                     rectifiers_s[layout] = rectifier_seconds(model, prepared.rectified, run, rounds, self.pace.settle)
-                    dense_s[layout] = self._whole_s(run, max(rounds, 9))
+                    dense_s[layout] = self._whole_s(run, rounds)
                     layers_s[layout] = self._dense_s(source, layout)
                     most_s = max(dense_s[layout] - layers_s[layout], 0.0)
                     rest_s = passes[0].rest_s if passes else math.nan  # measured before this calibration went on

@@ -80,11 +80,12 @@ class TestTimedLayers:
         assert {one.number for one in passes} == {0, 1, 2}
         assert all(0 < one.layers_s <= one.whole.wall_s[0] for one in passes)
 
-    @pytest.mark.parametrize(("alike", "rounds", "total"), [(True, 6, 24), (False, 9, 27)])
+    @pytest.mark.parametrize(("alike", "rounds"), [(True, [7, 2, 9]), (False, [9, 7, 9])])
     def test_variants_that_are_hopelessly_slow_in_all_layers_are_timed_less(
-        self, alike: bool, rounds: int, total: int
+        self, alike: bool, rounds: list[int]
     ) -> None:
         quick, slow = nn.Identity(), nn.Identity()
+        quick.register_forward_hook(lambda *_: time.sleep(0.002))
         slow.register_forward_hook(lambda *_: time.sleep(0.02))
         layer, other = TimedLayer([quick, slow, quick], CPU), TimedLayer([quick, slow if alike else quick], CPU)
 
@@ -97,9 +98,10 @@ class TestTimedLayers:
                 return not first
 
         passes = list(timed_passes([layer, other], lambda: other(layer(torch.ones(1))), 9, Busy(CPU)))
-        # Its first turn comes later, all the same: layers of fewer variants may run one of theirs in this turn alone.
-        assert [len(calls[0]) for calls in layer.seconds] == [9, rounds, 9]
-        assert sum(len(calls[0]) for calls in other.seconds) == len(passes) == total
+        # Its first turn comes later, all the same: layers of fewer variants may run one of theirs in this turn alone. In
+        # some turns one layer runs its first variant, so that only the other one's counts.
+        assert [len(calls[0]) for calls in layer.seconds] == rounds
+        assert sum(len(calls[0]) for calls in other.seconds) == len(passes) == sum(rounds)
         assert min(len(calls[0]) for calls in other.seconds) >= 3
 
     def test_give_what_their_variants_give(self) -> None:
