@@ -98,8 +98,8 @@ class TestTimedLayers:
                 return not first
 
         passes = list(timed_passes([layer, other], lambda: other(layer(torch.ones(1))), 9, Busy(CPU)))
-        # Its first turn comes later, all the same: layers of fewer variants may run one of theirs in this turn alone. In
-        # some turns one layer runs its first variant, so that only the other one's counts.
+        # Its first turn comes later, all the same: layers of fewer variants may run one of theirs in this turn alone.
+        # In some turns one layer runs its first variant, so that only the other one's counts.
         assert [len(calls[0]) for calls in layer.seconds] == rounds
         assert sum(len(calls[0]) for calls in other.seconds) == len(passes) == sum(rounds)
         assert min(len(calls[0]) for calls in other.seconds) >= 3
