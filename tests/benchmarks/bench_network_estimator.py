@@ -6,7 +6,7 @@ Every network is calibrated first, and anew before each group of plans: shared m
 many per cent within minutes, as neighbours take and leave the cache. A plan has one pattern for the network (zeros
 anywhere, blocks of 8 x 8, whole filters) and a random sparsity for each layer. The kernels that the estimator calls
 best run it, none timed beforehand. Passes are timed several times in a row, in sweeps over a group of plans, and the
-least is compared with the estimate.
+least is compared with the estimate. As in calibration, what ran while a neighbour slowed the processor is timed again.
 
 Beside each group the dense network is timed as well: "drift out" compares after scaling by what that took during
 calibration. "Noise" is by how much the least of every other sweep differs from that of the others, for one and the same
@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from lightning_prune import Block, DeviceProfile, Filter, LatencyEstimator, Unstructured, calibrate, layer_table
 from lightning_prune.granularities import Granularity
 from lightning_prune.kernels import KERNELS
+from lightning_prune.latency.pace import Pace
 from lightning_prune.latency.profile import digest
 from lightning_prune.latency.session import Session
-from lightning_prune.latency.timing import repeated
 from lightning_prune.latency.variants import pruned
 from lightning_prune.layers import LayerTable
 from lightning_prune.preparation import Prepared
@@ -49,6 +49,7 @@ FEWEST = 64
 leave nothing that depends on the input."""
 
 ROUNDS, SWEEPS = 5, 6
+PATIENCE_S = 120.0  # for each network, lost in slow spells
 
 
 def random_plan(layers: int, most: float, generator: torch.Generator) -> Tensor:
@@ -115,6 +116,7 @@ def measure(
         profile.save(path)
     kernels = {kernel.name: kernel for kernel in KERNELS}
     generator = torch.Generator().manual_seed(first)
+    pace = Pace(torch.device("cpu"), PATIENCE_S)
     rows: list[dict[str, Any]] = []
     for start in range(first, first + plans, group):
         if start > first:
@@ -151,7 +153,7 @@ def measure(
             )
         dense = assembled(model, inputs, {}, best_dense)
         runs["dense"] = functools.partial(dense, inputs)
-        sweeps = [{name: repeated(run, ROUNDS) for name, run in runs.items()} for _ in range(SWEEPS)]
+        sweeps = [{name: pace.repeated(run, ROUNDS) for name, run in runs.items()} for _ in range(SWEEPS)]
         drift = min(sweep["dense"].best_s for sweep in sweeps) / dense_s
         for key in runs:
             if key == "dense":
