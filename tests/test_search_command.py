@@ -503,7 +503,7 @@ def finished() -> int:
     except Exception:  # it is being made
         return 0
     trials = study.get_trials(deepcopy=False, states=[optuna.trial.TrialState.COMPLETE])
-    return sum(("plan" in trial.user_attrs) for trial in trials)
+    return sum("plan" in trial.user_attrs for trial in trials)
 
 
 def test_python_needs_no_command_line() -> None:

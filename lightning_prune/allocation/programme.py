@@ -83,9 +83,9 @@ def search(problem: Problem, effort: Effort, known: Ints | None = None) -> Found
         found = _branch(problem, relaxed.broken, found, effort)
     elif gap > effort.enough * abs(found.error):
         chosen, error, complete = _improve(problem, relaxed, chosen, found.error, effort.items, effort.width)
-        if not complete and error - relaxed.bound > effort.open * abs(error):
-            chosen, error, complete = _improve(problem, relaxed, chosen, error, problem.fronts.items, effort.wide)
-        found = Found(chosen, error, error if complete else relaxed.bound)
+        found = Found(chosen, error, error)
+        if not complete:
+            found = _thorough(problem, found, [(relaxed.bound, relaxed)], effort)
     closed = found.error - found.bound <= EXACT * abs(found.error)
     return replace(found, bound=found.error) if closed else found
 
@@ -118,7 +118,20 @@ def _branch(problem: Problem, item: int, found: Found, effort: Effort) -> Found:
             chosen, error, complete = _improve(problem, relaxed, chosen, error, items, effort.width)
         if not complete:
             open_ends.append((bound, relaxed))
-    for bound, relaxed in open_ends:
+    return _thorough(problem, Found(chosen, error, proven), open_ends, effort)
+
+
+def _thorough(problem: Problem, found: Found, ends: list[tuple[float, Relaxation]], effort: Effort) -> Found:
+    """Once more with all items and more states, where so much is open that no number limits the effort.
+
+    Args:
+        problem: the choices.
+        found: the best choice by now, and the bound of what is not among the ends.
+        ends: what a programme has not, or not wholly, looked at, and the bounds there.
+        effort: how far to go.
+    """
+    chosen, error, proven = found.chosen, found.error, found.bound
+    for bound, relaxed in ends:
         complete = False
         if error - bound > effort.open * abs(error):
             chosen, error, complete = _improve(problem, relaxed, chosen, error, problem.fronts.items, effort.wide)

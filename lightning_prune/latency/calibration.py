@@ -60,7 +60,7 @@ def calibrate(
             there after every kernel, so that an interrupted calibration goes on where it stopped.
         kernels: to be timed; `KERNELS` and your own, or `ALL_KERNELS` for those that run quantised twins as well.
         rounds: each timing is the least of so many; of up to eight times as many where passes take milliseconds, and
-            of a single one where a variant is slower than dense by half, and in every layer.
+            of one or two where a variant is slower than dense in every layer, and in all by half.
         spread: how many shapes beside the model's are timed, so that the profile also answers for other networks.
         progress: whether to show a progress bar.
 

@@ -96,7 +96,7 @@ class Pass:
 def timed_passes(
     layers: Sequence[TimedLayer], run: Callable[[], object], rounds: int, pace: Pace | None = None
 ) -> Iterator[Pass]:
-    """Run passes until every variant of every layer was timed `rounds` times, hopelessly slow ones only once.
+    """Run passes until every variant of every layer was timed `rounds` times, but once or twice where one is hopeless.
 
     All layers run the variant of one number, so that the sparse ones run in a sparse network, whose weights may all
     lie in cache. Then the network runs a few times, the first of which do not count: one that is used finds its

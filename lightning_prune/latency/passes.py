@@ -25,7 +25,7 @@ _FEWEST, _MOST, _WHILE_S = 3, 48, 0.25
 """Passes of one variant in which nothing is timed but the whole, and for how long."""
 
 _WHOLES_S = 0.6
-"""For so long the whole passes of a kernel are timed, at least those of its fastest variant."""
+"""Whole passes are timed of as many variants of a kernel as three dense passes each fit in here, or of the fastest."""
 
 _FASTER = 0.9
 """Share of the dense layers' time below which a pass says more than the dense one."""
@@ -91,11 +91,12 @@ def measure_kernel(
         if not any(kernel.refuses(work, machine.torch_dtype, device) for work in works):
             places[name] = () if isinstance(kernel, Dense) else points(kernel, works[0])
             alike = (works, layer.bias is None)
-            if alike in samples:  # memory of their own, but the same zeros: these take long to choose
+            if alike in samples:  # memory of its own, but the same zeros: these take long to choose
                 variants = copy.deepcopy(samples[alike])
             else:
                 variants = [kernel.sample(pruned(layer, kernel.granularity, at, generator)) for at in places[name]]
-                samples[alike] = variants
+                if device.type == "cpu":  # not every PyTorch copies the 2:4 weights of CUDA
+                    samples[alike] = variants
         timed[name] = TimedLayer([layer, *variants], device)
     if not places:
         advance(1.0)

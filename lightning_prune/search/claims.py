@@ -109,10 +109,9 @@ def feasible(attributes: dict[str, Any], max_drop: float) -> bool:
     return attributes.get("accuracy") is not None and bool(attributes["drop"] <= max_drop)
 
 
-def choices_of(trial: FrozenTrial) -> tuple[int, ...] | None:
-    """What a trial proposes, if it got so far."""
-    candidate = trial.user_attrs.get("candidate")
-    return None if candidate is None else tuple(map(int, candidate["choices"]))
+def choices_of(trial: FrozenTrial) -> tuple[int, ...]:
+    """What a trial proposes."""
+    return tuple(map(int, trial.user_attrs["candidate"]["choices"]))
 
 
 def cost_of(trial: FrozenTrial) -> float:

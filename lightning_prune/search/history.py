@@ -57,13 +57,14 @@ class TrialRecord:
         """What a trial of Optuna says about itself."""
         known = trial.user_attrs
         accuracy = _finite(known.get("accuracy"))
+        proposed = "candidate" in known
         finished = claimed(trial) and trial.state.name == "COMPLETE"  # killed ones end when somebody finds them
         return cls(
             number=trial.number,
             state=trial.state.name,
-            choices=choices_of(trial),
+            choices=choices_of(trial) if proposed else None,
             plan=known.get("plan"),
-            cost=None if choices_of(trial) is None else _finite(cost_of(trial)),
+            cost=_finite(cost_of(trial)) if proposed else None,
             accuracy=accuracy,
             drop=None if accuracy is None else _finite(known.get("drop")),
             evaluated=claimed(trial),

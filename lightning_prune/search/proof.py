@@ -101,7 +101,7 @@ class Proof:
     @property
     def choices(self) -> tuple[int, ...]:
         """Of the plan, one per layer."""
-        return choices_of(self.trial) or ()
+        return choices_of(self.trial)
 
     @property
     def said(self) -> dict[str, Any]:
@@ -158,7 +158,7 @@ class Confirmation:
         return min(found, key=lambda proof: proof.drop), [proof.said for proof in found]
 
     def _proof(self, trial: FrozenTrial, which: str) -> Proof:
-        chosen = choices_of(trial) or ()
+        chosen = choices_of(trial)
         repaired, trained = inference_copy(self.candidates.repaired(chosen)), None
         if self.recover is not None:
             with self.phases.phase("recovery", f"Recovering the {which}"):

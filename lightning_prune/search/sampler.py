@@ -79,7 +79,7 @@ class ThresholdSampler(BaseSampler):
         self._others.reseed_rng()
 
     def just_read(self, trials: Sequence[FrozenTrial]) -> None:
-        """Spares the next proposal reading the study once more: for whoever did so right before it."""
+        """Spares the next proposal reading the study once more, if no other trial has begun since."""
         self._read = trials
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -93,7 +93,7 @@ class ThresholdSampler(BaseSampler):
         read, self._read = self._read, None
         if search_space.keys() - {"move"} <= trial.system_attrs.get("fixed_params", {}).keys():
             return {}
-        trials = study.get_trials(deepcopy=False) if read is None else read
+        trials = read if read is not None and trial.number == len(read) else study.get_trials(deepcopy=False)
         proposer = self._proposers[any("move" in other.params for other in trials)]
         seen, nameless = history(trials, self.space, trial.number)
         found = None
@@ -171,10 +171,10 @@ def history(trials: Sequence[FrozenTrial], space: SearchSpace, before: int) -> t
 
 
 def _choices(trial: FrozenTrial, space: SearchSpace, parameters: Parameters | None) -> Choices | None:
-    choices = choices_of(trial)
-    if choices is None:
+    if "candidate" not in trial.user_attrs:
         found = None if parameters is None or trial.state != TrialState.RUNNING else proposed(space, *parameters)
         return None if found is None else found.candidate.choices
+    choices = choices_of(trial)
     fits = len(choices) == len(space.items) and min(choices) >= 0 and max(choices) < len(space.entries[0])
     return choices if fits else None
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 from lightning_prune.search.claims import Terms
 from lightning_prune.search.joining import ATTRIBUTE, facts, joined
 from lightning_prune.search.parameters import weight_names
+from lightning_prune.search.sampler import ThresholdSampler
 from lightning_prune.search.space import Candidate, SearchSpace
 from lightning_prune.search.storages import open_storage, reason, release
 from lightning_prune.search.trials import Run, Stopped, best_trial, front_trials, nearest_trial
@@ -83,10 +84,10 @@ def minimise(
 
     minimise cost(plan)   subject to   drop(plan) <= max_drop,   drop = dense - accuracy, or accuracy - dense for "min"
 
-    Every trial has the attributes `worker` and `candidate` (`choices` and their estimated `cost`), those that are
-    evaluated also `plan`, `accuracy` and `drop`, and their value is the cost, their constraint "drop" is
-    `drop - max_drop`. A plan whose cost is not below that of the best so far is never evaluated (its trial is pruned,
-    `reason` says why); nor is one that was evaluated before.
+    A trial has the attributes `worker` and, where a plan meets its budget, `candidate` (`choices` and their estimated
+    `cost`). One that is evaluated has `plan`, `accuracy` and `drop` as well; its value is the cost, its constraint
+    "drop" is `drop - max_drop`. A plan whose cost is not below that of the best so far is never evaluated: its trial is
+    pruned, and `reason` says why. Nor is one that was evaluated before: it has a `reason`, and what that trial had.
 
     Workers that give the same storage and name share one study and its evaluations; no plan is evaluated by two. The
     same call later goes on where the study ended. Trials of workers that were killed are run again: at once where the
@@ -136,8 +137,6 @@ def minimise(
     )
     foreign = sampler is not None
     if sampler is None:
-        from lightning_prune.search.sampler import ThresholdSampler
-
         sampler = ThresholdSampler(space, max_drop, seed)
     with _quiet(), _opened(storage) as opened:
         study = joined(opened, study_name, 1, about, sampler)

@@ -154,7 +154,8 @@ class Run:
 
     def _require_own(self, trial: FrozenTrial) -> None:
         """Leave a trial that another worker runs: without row locks, as in SQLite, two may take one off the queue."""
-        if trial.user_attrs["worker"] == self.worker.mark and not claimed(trial):
+        decided = claimed(trial) or "reason" in trial.user_attrs
+        if trial.user_attrs["worker"] == self.worker.mark and not decided:
             return
         while not trial.state.is_finished():
             # Optuna will record an end of this trial as soon as the worker leaves it, which must not be too early.
@@ -250,7 +251,7 @@ def feasible_trials(trials: Sequence[FrozenTrial], max_drop: float) -> list[Froz
     enough.sort(key=lambda t: (cost_of(t), t.user_attrs["drop"], t.number))
     first: dict[tuple[int, ...], FrozenTrial] = {}
     for trial in enough:
-        first.setdefault(choices_of(trial) or (), trial)
+        first.setdefault(choices_of(trial), trial)
     return list(first.values())
 
 

@@ -115,7 +115,7 @@ def retry(study: Study, trial: FrozenTrial, trials: Sequence[FrozenTrial] | None
     parameters = {**trial.user_attrs.get("proposal", {}), **trial.params}
     tries = int(trial.user_attrs.get("retries", 0)) + 1
     again = any(t.user_attrs.get("retry_of") == trial.number for t in trials)
-    known = any(choices_of(t) == choices_of(trial) for t in evaluated(trials))
+    known = "candidate" in trial.user_attrs and any(choices_of(t) == choices_of(trial) for t in evaluated(trials))
     if "budget" in parameters and not again and not known and tries <= RETRIES:
         attributes = {"retry_of": trial.number, "retries": tries, "proposal": parameters}
         study.enqueue_trial(parameters, user_attrs=attributes)

@@ -284,6 +284,16 @@ def test_a_proposal_reads_the_study_once_and_a_fixed_one_never(monkeypatch: pyte
     suggested(trial, found)
     assert len(reads) == 1
     assert trial.params["move"] == 0
+    # Who has just read spares it, once; but not where another trial has begun since.
+    for since, expected in ((0, 0), (1, 1)):
+        study.sampler.just_read(read(study))  # type: ignore[attr-defined]
+        reads.clear()
+        for _ in range(since):
+            study._storage.create_new_trial(study._study_id)
+        suggested(study.ask(), found)
+        assert len(reads) == expected
+    suggested(study.ask(), found)
+    assert len(reads) == 2
 
 
 def test_enqueued_parameters_are_kept() -> None:

@@ -249,7 +249,7 @@ def test_every_pass_of_the_whole_network_is_an_evaluation(dense: nn.Sequential) 
     )
     assert confirm.calls == 3  # the dense network, the repaired and the recovered one
     assert result.evaluations == accuracy.calls + confirm.calls
-    assert accuracy.calls == 1 + sum(("plan" in t.user_attrs) for t in trials)
+    assert accuracy.calls == 1 + sum("plan" in t.user_attrs for t in trials)
     assert result.dense_accuracy == Accuracy(seed=2)(dense)
     assert result.model is not None
     assert result.accuracy == Accuracy(seed=2)(result.model)
@@ -286,7 +286,7 @@ def test_the_next_plan_is_tried_where_confirmation_fails(dense: nn.Sequential, f
     assert result.accuracy == said[-1]["accuracy"] == by_cost[failing].user_attrs["accuracy"]
     assert result.search_accuracy == said[-1]["search_accuracy"]
     assert confirm.calls == 2 + failing
-    assert result.evaluations == 1 + sum(("plan" in t.user_attrs) for t in trials) + confirm.calls
+    assert result.evaluations == 1 + sum("plan" in t.user_attrs for t in trials) + confirm.calls
 
 
 def test_where_no_plan_is_confirmed_the_nearest_of_them_is_carried(dense: nn.Sequential) -> None:

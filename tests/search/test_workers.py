@@ -315,16 +315,18 @@ def test_trials_of_the_dead_are_queued_again_but_not_forever() -> None:
     assert study.trials[-1].user_attrs["retry_of"] == 2
 
 
-def test_a_trial_that_another_worker_took_off_the_queue_is_left_to_it() -> None:
-    """Without row locks two may take one; here the other signs later, and ends it while this one waits."""
+@pytest.mark.parametrize(
+    "sign", [("worker", {**Worker.here().mark, "token": "other"}), ("reason", "dear"), ("plan", {"layer0.weight": 0.5})]
+)
+def test_a_trial_that_another_worker_took_off_the_queue_is_left_to_it(sign: tuple[str, Any]) -> None:
+    """Without row locks two may take one; here the other signs, or decides, later, and ends it while this one waits."""
     storage = optuna.storages.InMemoryStorage()
-    other = {**Worker.here().mark, "token": "other"}
     ends: list[threading.Timer] = []
 
     class Racing(optuna.samplers.RandomSampler):
         def sample_independent(self, study: Any, trial: Any, name: str, distribution: Any) -> Any:
             if name == "budget" and not ends:
-                storage.set_trial_user_attr(trial._trial_id, "worker", other)
+                storage.set_trial_user_attr(trial._trial_id, *sign)
                 end = (trial._trial_id, COMPLETE, [1.0])
                 ends.append(threading.Timer(0.3, storage.set_trial_state_values, end))
                 ends[0].start()
@@ -338,8 +340,8 @@ def test_a_trial_that_another_worker_took_off_the_queue_is_left_to_it() -> None:
     run = Run(study, of, network, terms, "max", Worker.here(), False, None)
     assert run.until(None, False, "") == "finished"
     assert study.trials[0].values == [1.0]
-    assert "plan" not in study.trials[0].user_attrs
-    assert len(network.asked) == 3
+    assert ("plan" in study.trials[0].user_attrs) == (sign[0] == "plan")
+    assert len(network.asked) == (2 if sign[0] == "plan" else 3)
     ends[0].join()
 
 
