@@ -9,8 +9,9 @@ best run it, none timed beforehand. Passes are timed several times in a row, in 
 least is compared with the estimate. As in calibration, what ran while a neighbour slowed the processor is timed again.
 
 Beside each group the dense network is timed as well: "drift out" compares after scaling by what that took during
-calibration. "Noise" is by how much the least of every other sweep differs from that of the others, for one and the same
-network: no estimate can come closer.
+calibration. "Calibrations out" takes out the median error of each group: what a calibration, or the time in which it
+and its plans ran, did to all of them alike. "Noise" is by how much the least of every other sweep differs from that of
+the others, for one and the same network: no estimate can come closer.
 """
 
 from __future__ import annotations
@@ -145,6 +146,7 @@ def measure(
                 {
                     "network": name,
                     "plan": number,
+                    "group": (number - first) // group,
                     "pattern": kind,
                     "mean_sparsity": float(sparsity.mean()),
                     "estimated_s": estimate,
@@ -209,12 +211,18 @@ def line(name: str, rows: list[dict[str, Any]]) -> str:
     drift = np.array([row["drift"] for row in rows])
     error = estimated / measured - 1
     steady = estimated * drift / measured - 1
+    calibrations = np.unique([f"{row['network']} {row['group']}" for row in rows], return_inverse=True)[1]
+    within = estimated / measured
+    for calibration in range(calibrations.max() + 1):
+        own = calibrations == calibration
+        within[own] /= np.median(within[own])
     rank = spearmanr(estimated, measured).statistic
     noisy = sum(not row["quiet"] for row in rows)
     return (
         f"{name:14s} plans {len(rows):3d}"
         f"  MAPE {_percent(error)} bias {100 * error.mean():+5.2f} % within {_within(error)}"
         f" | drift out: MAPE {_percent(steady)} bias {100 * steady.mean():+5.2f} % within {_within(steady)}"
+        f" | calibrations out: MAPE {_percent(within - 1)} within {_within(within - 1)}"
         f" | noise {100 * np.mean([row['noise'] for row in rows]):.2f} %"
         f" | Spearman {rank:.4f}  {1e3 * measured.min():.3f}-{1e3 * measured.max():.3f} ms  noisy {noisy}"
     )
