@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Literal
 from lightning_prune.search.claims import Terms
 from lightning_prune.search.joining import ATTRIBUTE, facts, joined
 from lightning_prune.search.parameters import weight_names
-from lightning_prune.search.sampler import ThresholdSampler
 from lightning_prune.search.space import Candidate, SearchSpace
 from lightning_prune.search.storages import open_storage, reason, release
 from lightning_prune.search.trials import Run, Stopped, best_trial, front_trials, nearest_trial
@@ -137,6 +136,8 @@ def minimise(
     )
     foreign = sampler is not None
     if sampler is None:
+        from lightning_prune.search.sampler import ThresholdSampler
+
         sampler = ThresholdSampler(space, max_drop, seed)
     with _quiet(), _opened(storage) as opened:
         study = joined(opened, study_name, 1, about, sampler)

@@ -23,7 +23,6 @@ from lightning_prune.search.claims import (
 from lightning_prune.search.interrupts import Interrupts
 from lightning_prune.search.parameters import suggested
 from lightning_prune.search.result import drop_of
-from lightning_prune.search.sampler import ThresholdSampler
 from lightning_prune.search.space import Candidate, SearchSpace
 from lightning_prune.search.workers import Worker, retry_dead
 
@@ -205,6 +204,8 @@ class Run:
     def _go_on(self) -> None:
         """See to the trials of the dead, wait where others make the last evaluations, and stop where all are made."""
         from optuna.storages import fail_stale_trials
+
+        from lightning_prune.search.sampler import ThresholdSampler
 
         if self._idle >= _PATIENCE:
             self._stopped = "exhausted"
