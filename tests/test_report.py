@@ -238,7 +238,7 @@ def test_sections_are_those_of_what_is_there(run: Path) -> None:
     ("found", "words"),
     [
         (result(accuracy=0.94, feasible=False), "Not feasible: val_acc dropped by 0.0200 to 0.9400"),
-        (result(accuracy=0.97), "Feasible: val_acc did not get worse to 0.9700"),
+        (result(accuracy=0.97), "Feasible: val_acc is 0.9700"),
         (result(accuracy=math.nan, feasible=False), "Not feasible: val_acc of the network that was found is no finite"),
         (SearchResult.of_nothing("val_acc", "max", 0.01, DENSE), "Not feasible: no plan was evaluated"),
         (result(plan=SparsityPlan({})), "Feasible, but nothing is removed"),

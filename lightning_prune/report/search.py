@@ -48,8 +48,8 @@ def verdict(result: SearchResult) -> str:
     allowed = f"at most {result.max_drop:g} was allowed"
     if not math.isfinite(result.accuracy):
         return f"Not feasible: {result.metric} of the network that was found is no finite number ({allowed})."
-    dropped = f"dropped by {result.drop:.4f}" if result.drop > 0 else "did not get worse"
-    numbers = f"{result.metric} {dropped} to {result.accuracy:.4f} (dense {result.dense_accuracy:.4f}; {allowed})"
+    became = f"dropped by {result.drop:.4f} to" if result.drop > 0 else "is"
+    numbers = f"{result.metric} {became} {result.accuracy:.4f} (dense {result.dense_accuracy:.4f}; {allowed})"
     if not result.plan and not result.bits:
         return (
             f"Not feasible: no plan was evaluated, the network stays dense; {result.metric} is "
