@@ -425,3 +425,13 @@ def test_progress_is_shown_only_if_asked_for(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().out == ""
     quick(*cnn(), kernels=(), progress=True)
     assert "Calibrating Sequential" in capsys.readouterr().out
+
+
+def test_what_runs_in_one_pass_is_of_one_kind_and_alike_in_size() -> None:
+    linear = [Workload("linear", 1, 2 * inputs, 10) for inputs in range(1, 41)]
+    convolutions = [Workload("conv2d", 1, inputs, 8, (8, 8), (8, 8)) for inputs in range(1, 6)]
+    shapes = [*linear[::2], *convolutions, *linear[1::2]]
+    parts = module._parts(shapes)
+    assert [len(part) for part in parts] == [5, 30, 10]
+    assert parts[0] == convolutions
+    assert [work for part in parts[1:] for work in part] == linear
