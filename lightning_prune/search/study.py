@@ -86,7 +86,7 @@ def minimise(
     A trial has the attributes `worker` and, where a plan meets its budget, `candidate` (`choices` and their estimated
     `cost`). One that is evaluated has `plan`, `accuracy` and `drop` as well; its value is the cost, its constraint
     "drop" is `drop - max_drop`. A plan whose cost is not below that of the best so far is never evaluated: its trial is
-    pruned, and `reason` says why. Nor is one that was evaluated before: it has a `reason`, and what that trial had.
+    pruned, and `reason` says why. Nor is one that was evaluated before: it has a `reason`, and that trial's results.
 
     Workers that give the same storage and name share one study and its evaluations; no plan is evaluated by two. The
     same call later goes on where the study ended. Trials of workers that were killed are run again: at once where the
