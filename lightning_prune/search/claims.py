@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -75,7 +75,7 @@ def verdict(number: int, choices: Sequence[int], cost: float, trials: Sequence[F
     for trial in done:
         if choices_of(trial) == wanted:
             reason = f"trial {trial.number} evaluated the same plan"
-            return Verdict(reason=reason, accuracy=trial.user_attrs["accuracy"], known=True)
+            return Verdict(reason=reason, accuracy=accuracy_of(trial), known=True)
     if not any(wanted):
         return Verdict(reason="this is the dense network", accuracy=terms.dense_accuracy, known=True)
     if terms.max_drop is not None:
@@ -100,13 +100,13 @@ def verdict(number: int, choices: Sequence[int], cost: float, trials: Sequence[F
 def incumbent_cost(done: Sequence[FrozenTrial], terms: Terms) -> float:
     """Cost of the cheapest plan known to be accurate enough; the dense one's where there is no other."""
     limit = terms.max_drop
-    costs = [cost_of(t) for t in done if limit is not None and feasible(t.user_attrs, limit)]
+    costs = [cost_of(t) for t in done if limit is not None and feasible(t, limit)]
     return min([terms.dense_cost, *costs])
 
 
-def feasible(attributes: dict[str, Any], max_drop: float) -> bool:
-    """Whether a trial's accuracy drops by no more than a threshold."""
-    return attributes.get("accuracy") is not None and bool(attributes["drop"] <= max_drop)
+def feasible(trial: FrozenTrial, max_drop: float) -> bool:
+    """Whether the accuracy of an evaluated plan drops by no more than a threshold."""
+    return accuracy_of(trial) is not None and dropped(trial) <= max_drop
 
 
 def choices_of(trial: FrozenTrial) -> tuple[int, ...]:
@@ -117,6 +117,17 @@ def choices_of(trial: FrozenTrial) -> tuple[int, ...]:
 def cost_of(trial: FrozenTrial) -> float:
     """The cost of what a trial proposes."""
     return float(trial.user_attrs["candidate"]["cost"])
+
+
+def accuracy_of(trial: FrozenTrial) -> float | None:
+    """What an evaluated plan was found to have; None where that is no number."""
+    accuracy = trial.user_attrs["outcome"]["accuracy"]
+    return None if accuracy is None else float(accuracy)
+
+
+def dropped(trial: FrozenTrial) -> float:
+    """By how much that is worse than the dense network's."""
+    return float(trial.user_attrs["outcome"]["drop"])
 
 
 def claimed(trial: FrozenTrial) -> bool:

@@ -56,7 +56,8 @@ class TrialRecord:
     def of(cls, trial: FrozenTrial) -> TrialRecord:
         """What a trial of Optuna says about itself."""
         known = trial.user_attrs
-        accuracy = _finite(known.get("accuracy"))
+        outcome = known.get("outcome", {})
+        accuracy = _finite(outcome.get("accuracy"))
         proposed = "candidate" in known
         finished = claimed(trial) and trial.state.name == "COMPLETE"  # killed ones end when somebody finds them
         return cls(
@@ -66,7 +67,7 @@ class TrialRecord:
             plan=known.get("plan"),
             cost=_finite(cost_of(trial)) if proposed else None,
             accuracy=accuracy,
-            drop=None if accuracy is None else _finite(known.get("drop")),
+            drop=None if accuracy is None else _finite(outcome.get("drop")),
             evaluated=claimed(trial),
             reason=known.get("reason"),
             seconds=trial.duration.total_seconds() if finished and trial.duration is not None else None,

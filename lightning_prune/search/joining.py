@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ATTRIBUTE = "lightning_prune"
 """Of the study: what it is about."""
 
-_SCHEMA = "lightning-prune/study/2"
+_SCHEMA = "lightning-prune/study/3"
 
 _WHAT = {
     "kind": "another kind of search",

@@ -13,7 +13,7 @@ from lightning_prune import targets
 from lightning_prune.plan import SparsityPlan
 from lightning_prune.preparation import inference_copy
 from lightning_prune.search.candidates import Candidates
-from lightning_prune.search.claims import choices_of, cost_of
+from lightning_prune.search.claims import accuracy_of, choices_of, cost_of
 from lightning_prune.search.phases import Phases
 from lightning_prune.search.result import drop_of
 
@@ -106,7 +106,7 @@ class Proof:
     @property
     def said(self) -> dict[str, Any]:
         """What the result keeps of it."""
-        searched = self.trial.user_attrs["accuracy"]
+        searched = accuracy_of(self.trial)
         return {
             "trial": self.trial.number,
             "cost": cost_of(self.trial),
@@ -177,8 +177,7 @@ class Confirmation:
 def front_point(trial: FrozenTrial) -> dict[str, Any]:
     """What the result of a search for a front keeps of one of its trials."""
     said = trial.user_attrs
-    kept = {name: said[name] for name in ("accuracy", "drop", "plan")}
-    return {"trial": trial.number, "cost": cost_of(trial), **kept}
+    return {"trial": trial.number, "cost": cost_of(trial), **said["outcome"], "plan": said["plan"]}
 
 
 def known(value: float | None) -> float:

@@ -31,10 +31,10 @@ _FAILURES = 2
 class ThresholdSampler(BaseSampler):
     """Proposes budgets and coefficients of a search space: first the level set of accuracy, then what is cheaper.
 
-    It reads the attributes `candidate`, which `suggested` writes, and `drop` of the study's trials; a dense network has
-    drop 0. Plans that other workers are evaluating are taken to come out as foreseen, and are not proposed again; of a
-    trial that runs, but has no parameters yet, it is foreseen which plan it is about to get.
-    `Proposer` describes the two phases.
+    It reads two attributes of the study's trials: `candidate`, which `suggested` writes, and `outcome`, of which `drop`
+    says how much worse the accuracy is than the dense network's. Plans that other workers are evaluating are taken to
+    come out as foreseen, and are not proposed again; of a trial that runs, but has no parameters yet, it is foreseen
+    which plan it is about to get. `Proposer` describes the two phases.
 
     Parameters are `budget` and `weight.<group>`, see `SearchSpace.allocate`, and, once a trial of the study has asked
     for it, `move`, see `suggested`. When nothing cheaper is found any more the incumbent's parameters are proposed
@@ -156,8 +156,8 @@ def history(trials: Sequence[FrozenTrial], space: SearchSpace, before: int) -> t
         if choices is None:
             if running and trial.number < before:
                 nameless.append(trial.number)
-        elif "drop" in trial.user_attrs:
-            drops[choices] = _number(trial.user_attrs["drop"])
+        elif "outcome" in trial.user_attrs:
+            drops[choices] = _drop(trial.user_attrs["outcome"])
             if asked is not None:
                 parameters[choices] = asked
         elif running:
@@ -186,8 +186,8 @@ def _parameters(trial: FrozenTrial, space: SearchSpace) -> Parameters | None:
     return trial.params["budget"], tuple(trial.params[name] for name in names), trial.params.get("move", 0)
 
 
-def _number(value: Any) -> float:
+def _drop(outcome: Any) -> float:
     try:
-        return float(value)
-    except (TypeError, ValueError):
+        return float(outcome["drop"])
+    except (KeyError, TypeError, ValueError):
         return math.nan

@@ -19,7 +19,7 @@ from lightning_prune.plan import SparsityPlan
 from lightning_prune.preparation import inference_copy, placement
 from lightning_prune.quantization.settings import QuantizationSettings
 from lightning_prune.search.candidates import Candidates, Repair
-from lightning_prune.search.claims import cost_of
+from lightning_prune.search.claims import accuracy_of, cost_of
 from lightning_prune.search.execution import counted, executed
 from lightning_prune.search.layer_space import layer_rows, layer_space
 from lightning_prune.search.library import Library
@@ -246,7 +246,7 @@ def _proven(
 ) -> tuple[Proof, nn.Module | None, SearchResult]:
     """The first plan that holds on all validation data, its quantised twin, and the result with both."""
     proof, proofs = confirmation.first(trials)
-    said, twin, quantized = proof.trial.user_attrs, None, dict[str, Any]()
+    twin, quantized = None, dict[str, Any]()
     if candidates.quantizer is not None:
         twin = candidates.deployed(proof.network, proof.choices)
         quantized = candidates.quantizer.confirmed(proof.network, twin, confirmation.measure)
@@ -257,7 +257,7 @@ def _proven(
         plan=candidates.space.plan(proof.choices),
         accuracy=proof.accuracy,
         dense_accuracy=proof.dense,
-        search_accuracy=known(said["accuracy"]),
+        search_accuracy=known(accuracy_of(proof.trial)),
         evaluations=result.evaluations + confirmation.measure.calls,
         cost=cost_of(proof.trial),
         model=proof.network,

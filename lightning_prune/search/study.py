@@ -84,9 +84,10 @@ def minimise(
     minimise cost(plan)   subject to   drop(plan) <= max_drop,   drop = dense - accuracy, or accuracy - dense for "min"
 
     A trial has the attributes `worker` and, where a plan meets its budget, `candidate` (`choices` and their estimated
-    `cost`). One that is evaluated has `plan`, `accuracy` and `drop` as well; its value is the cost, its constraint
-    "drop" is `drop - max_drop`. A plan whose cost is not below that of the best so far is never evaluated: its trial is
-    pruned, and `reason` says why. Nor is one that was evaluated before: it has a `reason`, and that trial's results.
+    `cost`). One that is evaluated has `plan` and `outcome` (`accuracy` and `drop`) as well; its value is the cost, its
+    constraint "drop" is `drop - max_drop`. A plan whose cost is not below that of the best so far is never evaluated:
+    its trial is pruned, and `reason` says why. Nor is one that was evaluated before: it has a `reason`, and that
+    trial's outcome.
 
     Workers that give the same storage and name share one study and its evaluations; no plan is evaluated by two. The
     same call later goes on where the study ended. Trials of workers that were killed are run again: at once where the
@@ -112,7 +113,7 @@ def minimise(
         objective: name of the cost.
         candidates: how they are made of plans, in words; who joins makes them likewise.
         progress: whether to show a progress bar.
-        on_trial: is called with study and trial after each.
+        on_trial: is called with study and trial after each; the trial is not to be changed.
 
     Raises:
         ValueError: an argument is out of its range, the dense accuracy is not finite, nothing can be chosen, or the
@@ -193,7 +194,7 @@ def front(
         objective: name of the cost.
         candidates: how they are made of plans, in words; who joins makes them likewise.
         progress: whether to show a progress bar.
-        on_trial: is called with study and trial after each.
+        on_trial: is called with study and trial after each; the trial is not to be changed.
 
     Raises:
         ValueError: as `minimise` does.

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from lightning_prune.search.claims import (
     Terms,
     Verdict,
+    accuracy_of,
     choices_of,
     claimed,
     cost_of,
+    dropped,
     evaluated,
     evaluating,
     feasible,
@@ -86,22 +88,21 @@ class Run:
         from optuna.exceptions import UpdateFinishedTrialError
 
         self._ends_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        with _bar(progress, title, self.terms) as self._show, self._interrupts:
+        with _bar(progress, title, self.terms) as self._show, self._interrupts, self._stops():
             try:
-                retry_dead(self.study, self.worker, orphans=True)
-                self._go_on()
+                self._go_on(retry_dead(self.study, self.worker, orphans=True))
                 while self._stopped is None:
-                    left_s = None if timeout_s is None else max(0.0, self._ends_s - time.monotonic())
                     try:
-                        self.study.optimize(self._objective, timeout=left_s, callbacks=[self._after])
+                        # For callbacks Optuna would read each trial once more, a tenth of what a trial takes in SQLite.
+                        self.study.optimize(self._objective, n_trials=1)
                     except (ValueError, AssertionError, UpdateFinishedTrialError):
                         # Another worker ran this trial, or took this one for dead and runs it again. Where an
                         # evaluation ends after that, Optuna asserts that it cannot.
                         if self._own_error or not self._taken_away():
                             raise
-                        self._go_on()
-                        continue
-                    self._stopped = self._stopped or ("timeout" if time.monotonic() >= self._ends_s else "sampler")
+                        self._go_on(retry_dead(self.study, self.worker))
+                    else:
+                        self._after()
                 self._interrupts.check()
             except KeyboardInterrupt:
                 self._stopped = "interrupted"
@@ -133,8 +134,7 @@ class Run:
         else:
             raise self._skipped(trial, found)
         drop = self._drop(value)
-        trial.set_user_attr("accuracy", value if math.isfinite(value) else None)
-        trial.set_user_attr("drop", drop)
+        trial.set_user_attr("outcome", {"accuracy": value if math.isfinite(value) else None, "drop": drop})
         cost = float(candidate.cost)
         if self.terms.max_drop is None:
             return cost, drop
@@ -192,17 +192,33 @@ class Run:
         drop = float(drop_of(value, self.terms.dense_accuracy, self.mode, self.terms.max_drop))
         return drop if math.isfinite(drop) else DIVERGED
 
-    def _after(self, study: Study, trial: FrozenTrial) -> None:
-        """Between two trials."""
-        if self.on_trial is not None:
-            self.on_trial(study, trial)
-        self._interrupts.check()
-        self._go_on()
-        if self._stopped is not None:
-            study.stop()
+    @contextlib.contextmanager
+    def _stops(self) -> Iterator[None]:
+        """Where a sampler stops the study, no further trial begins."""
 
-    def _go_on(self) -> None:
-        """See to the trials of the dead, wait where others make the last evaluations, and stop where all are made."""
+        def stop() -> None:
+            self._stopped = self._stopped or "sampler"
+
+        self.study.stop = stop  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            del self.study.stop
+
+    def _after(self) -> None:
+        """Between two trials."""
+        trials = retry_dead(self.study, self.worker)
+        if self.on_trial is not None:
+            self.on_trial(self.study, trials[self._number])
+        self._interrupts.check()
+        self._go_on(trials)
+
+    def _go_on(self, trials: Sequence[FrozenTrial]) -> None:
+        """See whether all evaluations are made, and wait where others make the last ones.
+
+        Args:
+            trials: as they were just read.
+        """
         from optuna.storages import fail_stale_trials
 
         from lightning_prune.search.sampler import ThresholdSampler
@@ -212,28 +228,30 @@ class Run:
         if self._collisions:
             time.sleep(min(1.0, 0.02 * 2 ** min(self._collisions, 6)))
         pause_s, since_s, last = 0.02, time.monotonic(), -1
-        while self._stopped is None:
-            trials = retry_dead(self.study, self.worker)
+        while True:
             done, running = evaluated(trials), evaluating(trials)
             self._show(trials)
             if 1 + len(done) >= self.terms.evaluations:
                 self._stopped = "finished"
-            elif 1 + len(done) + len(running) < self.terms.evaluations:
+            elif self._stopped is None and time.monotonic() >= self._ends_s:
+                self._stopped = "timeout"
+            if self._stopped is not None:
+                return
+            if 1 + len(done) + len(running) < self.terms.evaluations:
                 if isinstance(self.study.sampler, ThresholdSampler):
                     self.study.sampler.just_read(trials)
                 return
             if len(done) != last:
                 since_s, last = time.monotonic(), len(done)
             longest_s = max((t.duration.total_seconds() for t in done if t.duration is not None), default=0.0)
-            if self._stopped is None and time.monotonic() - since_s > max(_SILENCE_S, 10 * longest_s):
+            if time.monotonic() - since_s > max(_SILENCE_S, 10 * longest_s):
                 self._stopped = "exhausted"
-            if self._stopped is None and time.monotonic() >= self._ends_s:
-                self._stopped = "timeout"
-            if self._stopped is None:
-                self._interrupts.check()
-                time.sleep(pause_s)
-                pause_s = min(1.0, 1.5 * pause_s)
-                fail_stale_trials(self.study)
+                return
+            self._interrupts.check()
+            time.sleep(pause_s)
+            pause_s = min(1.0, 1.5 * pause_s)
+            fail_stale_trials(self.study)
+            trials = retry_dead(self.study, self.worker)
 
     def _taken_away(self) -> bool:
         trials = self.study.get_trials(deepcopy=False)
@@ -242,14 +260,14 @@ class Run:
 
 def best_trial(trials: Sequence[FrozenTrial], max_drop: float) -> FrozenTrial | None:
     """The cheapest that is accurate enough; the more accurate of two, then the earlier."""
-    enough = [t for t in evaluated(trials) if feasible(t.user_attrs, max_drop)]
-    return min(enough, key=lambda t: (cost_of(t), t.user_attrs["drop"], t.number), default=None)
+    enough = [t for t in evaluated(trials) if feasible(t, max_drop)]
+    return min(enough, key=lambda t: (cost_of(t), dropped(t), t.number), default=None)
 
 
 def feasible_trials(trials: Sequence[FrozenTrial], max_drop: float) -> list[FrozenTrial]:
     """Those that are accurate enough, as `best_trial` would choose among them, one of each plan."""
-    enough = [t for t in evaluated(trials) if feasible(t.user_attrs, max_drop)]
-    enough.sort(key=lambda t: (cost_of(t), t.user_attrs["drop"], t.number))
+    enough = [t for t in evaluated(trials) if feasible(t, max_drop)]
+    enough.sort(key=lambda t: (cost_of(t), dropped(t), t.number))
     first: dict[tuple[int, ...], FrozenTrial] = {}
     for trial in enough:
         first.setdefault(choices_of(trial), trial)
@@ -258,15 +276,15 @@ def feasible_trials(trials: Sequence[FrozenTrial], max_drop: float) -> list[Froz
 
 def nearest_trial(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
     """The one that lost least, of those the cheapest."""
-    return min(evaluated(trials), key=lambda t: (t.user_attrs["drop"], cost_of(t), t.number), default=None)
+    return min(evaluated(trials), key=lambda t: (dropped(t), cost_of(t), t.number), default=None)
 
 
 def front_trials(trials: Sequence[FrozenTrial]) -> tuple[FrozenTrial, ...]:
     """Trials of which none is both cheaper and more accurate than another, the cheapest first."""
-    finite = [t for t in evaluated(trials) if t.user_attrs["accuracy"] is not None]
+    finite = [t for t in evaluated(trials) if accuracy_of(t) is not None]
     found: list[FrozenTrial] = []
-    for trial in sorted(finite, key=lambda t: (cost_of(t), t.user_attrs["drop"], t.number)):
-        if not found or trial.user_attrs["drop"] < found[-1].user_attrs["drop"]:
+    for trial in sorted(finite, key=lambda t: (cost_of(t), dropped(t), t.number)):
+        if not found or dropped(trial) < dropped(found[-1]):
             found.append(trial)
     return tuple(found)
 

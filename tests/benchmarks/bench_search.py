@@ -27,7 +27,7 @@ import optuna
 import torch
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 
-from lightning_prune.search.claims import choices_of, cost_of
+from lightning_prune.search.claims import choices_of, cost_of, dropped
 from lightning_prune.search.parameters import suggested
 from lightning_prune.search.sampler import ThresholdSampler
 from lightning_prune.search.space import SearchSpace
@@ -101,7 +101,7 @@ def searched(
             known[candidate.choices] = drop_of(candidate.choices)
             done += 1
         drop = known[candidate.choices]
-        trial.set_user_attr("drop", drop)
+        trial.set_user_attr("outcome", {"drop": drop})
         study.tell(trial, candidate.cost)
         if drop <= max_drop:
             best = candidate.cost
@@ -110,7 +110,7 @@ def searched(
 
 def least_cost(study: optuna.Study, space: SearchSpace, max_drop: float) -> float:
     """Of what was feasible, the dense network included."""
-    costs = [cost_of(t) for t in study.trials if t.user_attrs.get("drop", np.inf) <= max_drop]
+    costs = [cost_of(t) for t in study.trials if "outcome" in t.user_attrs and dropped(t) <= max_drop]
     return float(min([space.dense_cost, *costs]))
 
 
@@ -122,7 +122,7 @@ def ended(name: str, table: Truth, max_drop: float, seed: int, evaluations: int)
         study, seconds = searched(
             space, lambda choices: float(drop[choices]), max_drop, seed, evaluations, moves=name == "threshold"
         )
-        done = 1 + len({choices_of(t) for t in study.trials if "drop" in t.user_attrs})
+        done = 1 + len({choices_of(t) for t in study.trials if "outcome" in t.user_attrs})
         return Ended(least_cost(study, space, max_drop) / table.best_s(max_drop) - 1, done, seconds)
     study = optuna.create_study(sampler=OTHERS[name](seed))
     seen: set[tuple[int, ...]] = {(0,) * drop.ndim}

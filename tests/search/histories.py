@@ -45,7 +45,7 @@ def history(number: int, seed: int = 0, groups: int = 3, **options: Any) -> Hist
 def study(of: History) -> optuna.Study:
     """The same as Optuna keeps it."""
     made = optuna.create_study()
-    about = {"schema": "lightning-prune/study/2", "metric": of.metric, "mode": of.mode, "max_drop": of.max_drop}
+    about = {"schema": "lightning-prune/study/3", "metric": of.metric, "mode": of.mode, "max_drop": of.max_drop}
     about |= {"dense_accuracy": of.dense_accuracy, "dense_cost": of.dense_cost, "objective": of.objective}
     made.set_user_attr(ATTRIBUTE, about)
     for trial in of.trials:
@@ -58,7 +58,8 @@ def add(made: optuna.Study, trial: TrialRecord) -> None:
     diverged = trial.evaluated and trial.accuracy is None
     candidate = {"choices": list(trial.choices or ()), "cost": trial.cost}
     attributes: dict[str, Any] = {"candidate": candidate, "plan": trial.plan, "worker": "1-2-3", "reason": trial.reason}
-    attributes |= {"accuracy": trial.accuracy, "drop": 1e6 if diverged else trial.drop}
+    if trial.evaluated or trial.accuracy is not None:
+        attributes["outcome"] = {"accuracy": trial.accuracy, "drop": 1e6 if diverged else trial.drop}
     ranges: dict[str, BaseDistribution] = {
         name: FloatDistribution(0, 1) if name == "budget" else FloatDistribution(math.exp(-3), math.exp(3), log=True)
         for name in trial.params

@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_prune.plan import SparsityPlan
 from lightning_prune.report import report
-from lightning_prune.search.claims import claimed, cost_of
+from lightning_prune.search.claims import accuracy_of, claimed, cost_of, dropped
 from lightning_prune.search.history import load_trials, save_trials
 from lightning_prune.search.result import SearchResult
 from lightning_prune.search.search import search_sparsity
@@ -45,14 +45,14 @@ def test_the_front_is_what_no_other_evaluation_is_better_than(network: nn.Module
         confirm=lambda model: pytest.fail("nor one to confirm"),
     )
     assert accuracy.calls == result.evaluations == 14
-    points = {(cost_of(t), t.user_attrs["drop"]) for t in trials if claimed(t)}
+    points = {(cost_of(t), dropped(t)) for t in trials if claimed(t)}
     best = sorted(p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points))
     assert [(point["cost"], point["drop"]) for point in result.front] == best
     assert len(best) > 2
-    by_number = {t.number: t.user_attrs for t in trials}
+    by_number = {t.number: t for t in trials}
     for point in result.front:
         said = by_number[point["trial"]]
-        assert (point["accuracy"], point["plan"]) == (said["accuracy"], said["plan"])
+        assert (point["accuracy"], point["plan"]) == (accuracy_of(said), said.user_attrs["plan"])
     # Nothing is chosen.
     assert not result.feasible
     assert len(result.plan) == 0

@@ -63,7 +63,7 @@ def exhaustive(found: SearchSpace, drop: Callable[[Choices], float], max_drop: f
 
 
 def plans_of(study: optuna.Study) -> list[Choices]:
-    return [choices_of(t) or () for t in study.trials if "drop" in t.user_attrs]
+    return [choices_of(t) or () for t in study.trials if "outcome" in t.user_attrs]
 
 
 # Against exhaustive truth.
@@ -319,9 +319,13 @@ def test_trials_of_another_space_and_odd_attributes_are_passed_over() -> None:
     found = network()
     study = optuna.create_study(sampler=ThresholdSampler(found, 0.01, 0))
     short, beyond, good = ({"choices": choices, "cost": 1.0} for choices in ([1, 2], [99] * 4, [5] * 4))
-    for attributes in ({"candidate": short, "drop": 0.0}, {"candidate": beyond, "drop": 0.0}, {"drop": 0.1}, {}):
+    said: dict[str, Any]
+    for said in ({"candidate": short}, {"candidate": beyond}, {}):
+        attributes = {**said, "outcome": {"drop": 0.0}}
         study.add_trial(optuna.trial.create_trial(value=0.0, user_attrs=attributes))
-    study.add_trial(optuna.trial.create_trial(value=9.0, user_attrs={"candidate": good, "drop": None}))
+    study.add_trial(optuna.trial.create_trial(value=0.0))
+    for odd in ({"drop": None}, {}, None, 0.0, "none"):
+        study.add_trial(optuna.trial.create_trial(value=9.0, user_attrs={"candidate": good, "outcome": odd}))
     trial = study.ask()
     candidate = suggested(trial, found)
     assert candidate is not None
@@ -489,7 +493,7 @@ def test_parameters_survive_a_database(tmp_path: Any) -> None:
             trial = study.ask()
             candidate = suggested(trial, found)
             assert candidate is not None
-            trial.set_user_attr("drop", drop(candidate.choices))
+            trial.set_user_attr("outcome", {"drop": drop(candidate.choices)})
             study.tell(trial, candidate.cost)
             plans.append(candidate.choices)
         stored = optuna.load_study(study_name=study.study_name, storage=storage).trials

@@ -24,6 +24,7 @@ from lightning_prune.latency.roofline import RooflineCost
 from lightning_prune.layers import layer_table
 from lightning_prune.preparation import inference_copy
 from lightning_prune.reconstruction import reconstruct
+from lightning_prune.search.claims import accuracy_of, dropped
 from lightning_prune.search.phases import Phases
 from lightning_prune.search.result import SearchResult
 from lightning_prune.search.search import search_sparsity
@@ -274,7 +275,7 @@ def test_the_next_plan_is_tried_where_confirmation_fails(dense: nn.Sequential, f
     result = search(
         dense, Accuracy(), confirm=confirm, max_drop=0.1, on_trial=lambda study, trial: trials.append(trial)
     )
-    enough = [t for t in trials if "plan" in t.user_attrs and t.user_attrs["drop"] <= 0.1]
+    enough = [t for t in trials if "plan" in t.user_attrs and dropped(t) <= 0.1]
     by_cost = sorted(enough, key=lambda t: t.user_attrs["candidate"]["cost"])
     assert len(by_cost) > 2
     said = result.details["confirmations"]
@@ -283,7 +284,7 @@ def test_the_next_plan_is_tried_where_confirmation_fails(dense: nn.Sequential, f
     assert result.feasible
     assert result.cost == by_cost[failing].user_attrs["candidate"]["cost"]
     assert result.plan == SparsityPlan(by_cost[failing].user_attrs["plan"])
-    assert result.accuracy == said[-1]["accuracy"] == by_cost[failing].user_attrs["accuracy"]
+    assert result.accuracy == said[-1]["accuracy"] == accuracy_of(by_cost[failing])
     assert result.search_accuracy == said[-1]["search_accuracy"]
     assert confirm.calls == 2 + failing
     assert result.evaluations == 1 + sum("plan" in t.user_attrs for t in trials) + confirm.calls

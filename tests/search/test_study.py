@@ -18,6 +18,7 @@ from optuna.trial import TrialState
 
 from lightning_prune.granularities import Filter
 from lightning_prune.plan import PlanEntry, SparsityPlan
+from lightning_prune.search.claims import accuracy_of, dropped
 from lightning_prune.search.space import Candidate, SearchSpace
 from lightning_prune.search.storages import open_storage, release, shown
 from lightning_prune.search.study import Outcome, front, minimise
@@ -68,13 +69,13 @@ def test_trials_say_what_they_are() -> None:
         said, choices = trial.user_attrs, tuple(trial.user_attrs["candidate"]["choices"])
         cost = float(SPACE.cost(np.array([choices]))[0])
         assert trial.value == said["candidate"]["cost"] == cost
-        assert said["accuracy"] == network.true(choices)
-        assert said["drop"] == 0.95 - said["accuracy"]
-        assert trial.constraints == {"drop": said["drop"] - 0.01}
+        assert accuracy_of(trial) == network.true(choices)
+        assert dropped(trial) == 0.95 - network.true(choices)
+        assert trial.constraints == {"drop": dropped(trial) - 0.01}
         assert SparsityPlan(said["plan"]) == SPACE.plan(choices)
         assert said["worker"]["pid"] == os.getpid()
         assert json.loads(json.dumps(said)) == said
-    feasible = [t for t in trials if t.user_attrs.get("drop", 1.0) <= 0.01]
+    feasible = [t for t in trials if "outcome" in t.user_attrs and dropped(t) <= 0.01]
     assert outcome.best is not None
     assert outcome.nearest is None
     assert outcome.best.value == min(t.values[0] for t in feasible)
@@ -136,7 +137,7 @@ def test_diverged_networks_are_infeasible(diverged: float) -> None:
     assert outcome.front == ()
     for trial in outcome.study.trials:
         assert trial.state == TrialState.COMPLETE
-        assert trial.user_attrs["accuracy"] is None
+        assert accuracy_of(trial) is None
         assert trial.constraints["drop"] > 1e3
 
 
@@ -145,14 +146,14 @@ def test_nothing_feasible_carries_the_nearest() -> None:
     outcome = search(accuracy=network)
     assert outcome.best is None
     assert outcome.nearest is not None
-    assert outcome.nearest.user_attrs["drop"] == min(0.95 - network.true(choices) for choices in network.asked)
+    assert dropped(outcome.nearest) == min(0.95 - network.true(choices) for choices in network.asked)
 
 
 def test_lower_may_be_better() -> None:
     outcome = search(accuracy=lambda c: 0.3 + 0.1 * sum(c.choices), mode="min", dense_accuracy=0.3, max_drop=0.25)
     assert outcome.best is not None
     assert sum(outcome.best.user_attrs["candidate"]["choices"]) == 2
-    assert outcome.best.user_attrs["drop"] == pytest.approx(0.2)
+    assert dropped(outcome.best) == pytest.approx(0.2)
 
 
 def test_a_drop_of_exactly_the_threshold_is_feasible() -> None:
@@ -161,7 +162,7 @@ def test_a_drop_of_exactly_the_threshold_is_feasible() -> None:
     assert dense - pruned > 0.01
     outcome = search(accuracy=lambda candidate: pruned, dense_accuracy=dense)
     assert outcome.best is not None
-    assert outcome.best.user_attrs["drop"] == 0.01
+    assert dropped(outcome.best) == 0.01
     assert search(accuracy=lambda candidate: pruned - 2e-6, dense_accuracy=dense, n_trials=3).best is None
 
 
@@ -171,7 +172,7 @@ def test_no_loss_at_all_may_be_asked_for() -> None:
         accuracy=lambda c: 0.95 if max(c.choices) <= 2 else network.true(c.choices), max_drop=0, n_trials=15
     )
     assert outcome.best is not None
-    assert outcome.best.user_attrs["drop"] == 0.0
+    assert dropped(outcome.best) == 0.0
 
 
 def test_the_front() -> None:
@@ -399,7 +400,7 @@ def test_rounding_on_another_machine_is_no_other_search() -> None:
     near = SearchSpace(SPACE.items, SPACE.entries, SPACE.errors * (1 + 1e-5), SPACE.tables, SPACE.cost, SPACE.groups)
     outcome = search(near, n_trials=5, storage=storage, study_name="mine", dense_accuracy=0.95 + 1e-5)
     # Drops are against one accuracy, whoever measures them.
-    assert all(t.user_attrs["drop"] == 0.95 - t.user_attrs["accuracy"] for t in outcome.study.trials)
+    assert all(dropped(t) == 0.95 - (accuracy_of(t) or 0.0) for t in outcome.study.trials)
 
 
 @pytest.mark.parametrize(
