@@ -86,8 +86,8 @@ def _report(out: Console, network: LightningModule, inputs: Any, profile: Device
     if not profile.quiet:
         say(
             out,
-            "The machine was busy: something else ran while the clock did, and estimates may be off. Close what else "
-            f"runs, remove {path} and calibrate again.",
+            "The machine was busy: something else ran while the clock did, or slowed the processor, and estimates may "
+            f"be off. Close what else runs, or wait, remove {path} and calibrate again.",
             style="yellow",
         )
     say(

@@ -26,7 +26,7 @@ _DENSE = 4
 
 
 class NoisyMachineWarning(UserWarning):
-    """Something else ran while the clock did."""
+    """Something else ran while the clock did, or slowed the processor down."""
 
 
 def calibrate(
@@ -72,7 +72,8 @@ def calibrate(
             another machine, thread count or type.
 
     Warns:
-        NoisyMachineWarning: the process did not have its core to itself; the profile says so as well.
+        NoisyMachineWarning: the process did not have its core to itself, or neighbours on other hardware threads slowed
+            it for more than a quarter of the time; the profile says so as well.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(64, 32))
@@ -110,9 +111,11 @@ def calibrate(
     if path is not None:
         result.save(path)
     if not result.quiet:
+        slow_s, spent_s = session.pace.slow_s, session.pace.spent_s
         warnings.warn(
-            "the machine was busy during calibration: wall time was above the time of this thread by more than 5 %; "
-            "estimates may be off. Close what else runs and calibrate again without the old profile",
+            "the machine was busy during calibration: wall time was above the time of this thread by more than 5 %, or "
+            f"neighbours slowed the processor for {slow_s:.1f} of the {spent_s:.1f} s that were timed; estimates may "
+            "be off. Close what else runs, or wait, and calibrate again without the old profile",
             NoisyMachineWarning,
             stacklevel=2,
         )

@@ -119,16 +119,19 @@ def timed_passes(
             continue
         start, full = time.perf_counter(), pace is None or pace.full()
         found: list[Pass] = []
+        slow = False
         for number in range(_UNTIMED + _IN_A_ROW):
             for layer in layers:
                 layer.begin(turn, noted=number >= _UNTIMED)
             wall, thread = time.perf_counter(), time.thread_time()
             run()
             thread, wall = time.thread_time() - thread, time.perf_counter() - wall
+            before = slow
+            slow = _slow([(layer.least_s(0), layer.pass_s) for layer in layers if turn % len(layer.variants)])
             if number >= _UNTIMED:
                 found.append(Pass(turn % most, Timing((wall,), (thread,)), sum(layer.pass_s for layer in layers)))
                 full = full and (pace is None or pace.full())
-                if _slow([(layer.least_s(0), layer.pass_s) for layer in layers if turn % len(layer.variants)]):
+                if slow and before:  # once may be by chance
                     break
         counts = pace is None or pace.counts(time.perf_counter() - start, full=full)
         for layer in layers:

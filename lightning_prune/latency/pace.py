@@ -30,6 +30,9 @@ class Pace:
     the speed, for seconds at a time, which neither the wall's nor the thread's clock shows. The product of two small
     matrices, compared with the least time that it ever took, does.
 
+    `spent_s`, `lost_s` and `slow_s` are the seconds that counted, that did not, and that counted though the processor
+    was slow, patience being at its end.
+
     Args:
         device: that is timed; others than CPUs are taken to be at full speed.
         patience_s: seconds that may be lost to timing again, beside half as many as all that counts takes.
@@ -37,7 +40,7 @@ class Pace:
 
     def __init__(self, device: torch.device, patience_s: float = 1.0) -> None:
         self.patience_s = patience_s
-        self.spent_s = self.lost_s = 0.0
+        self.spent_s = self.lost_s = self.slow_s = 0.0
         self._watched = device.type == "cpu"
         self._best_s = math.inf
         self._factor = torch.ones(_SIDE, _SIDE)
@@ -56,6 +59,7 @@ class Pace:
         counts = full or self.lost_s > _LOST * self.spent_s + self.patience_s
         if counts:
             self.spent_s += seconds
+            self.slow_s += 0.0 if full else seconds
         else:
             self.lost_s += seconds
         return counts

@@ -40,6 +40,9 @@ _WHILE_S, _MOST = 1.0, 8
 _ATTEMPTS = 3
 """How often a kernel is timed until the machine is quiet."""
 
+_SLOW, _SLOW_S = 0.25, 1.0
+"""Share of what is timed, and seconds, for which the processor may be slow: of a few rounds one still is at speed."""
+
 
 class Session:
     """Collects measurements, skips what is known, and saves after every step.
@@ -255,7 +258,7 @@ class Session:
             self.networks,
             {name: error for name, error in errors.items() if error is not None},
             self.rounds,
-            self.quiet,
+            self.quiet and self.pace.slow_s <= max(_SLOW * self.pace.spent_s, _SLOW_S),
             *self._energies,
         )
 

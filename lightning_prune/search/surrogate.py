@@ -151,11 +151,12 @@ class Surrogate:
         left = values - np.minimum(mean, CAP) + slopes @ self.theta
         base = (slopes / _precision(self.theta)) @ slopes.T
         features, count = self._features(self.points), len(values)
+        kernels = {length: _matern(features, features, length) for length in lengths}
         best, found = -math.inf, self
         for length, amplitude in itertools.product(lengths, amplitudes):
             # A Cholesky factor whose last row is of the values whitens them on the way.
             whole = np.zeros((len(noises), count + 1, count + 1))
-            whole[:, :count, :count] = base + amplitude**2 * _matern(features, features, length)
+            whole[:, :count, :count] = base + amplitude**2 * kernels[length]
             whole[:, range(count), range(count)] += np.square(noises)[:, None]
             whole[:, count, :count] = left
             whole[:, count, count] = 1.0 + left @ left / np.square(noises)

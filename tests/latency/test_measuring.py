@@ -62,6 +62,28 @@ class TestTiming:
         assert (both.best_s, both.best_thread_s) == (2.0, 1.0)
 
 
+class Clock:
+    """Stands still, but for what is said to take time."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def passes(self, seconds: float) -> None:
+        self.now_s += seconds
+
+    def perf_counter(self) -> float:
+        return self.now_s
+
+    thread_time = perf_counter
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr("lightning_prune.latency.context.time", made)
+    return made
+
+
 class TestTimedLayers:
     def test_every_variant_of_every_call_is_timed(self) -> None:
         layer, other = (TimedLayer([nn.Identity() for _ in range(count)], CPU) for count in (3, 2))
@@ -82,11 +104,11 @@ class TestTimedLayers:
 
     @pytest.mark.parametrize(("alike", "rounds"), [(True, [7, 2, 9]), (False, [9, 7, 9])])
     def test_variants_that_are_hopelessly_slow_in_all_layers_are_timed_less(
-        self, alike: bool, rounds: list[int]
+        self, alike: bool, rounds: list[int], clock: Clock
     ) -> None:
         quick, slow = nn.Identity(), nn.Identity()
-        quick.register_forward_hook(lambda *_: time.sleep(0.002))
-        slow.register_forward_hook(lambda *_: time.sleep(0.02))
+        quick.register_forward_hook(lambda *_: clock.passes(0.002))
+        slow.register_forward_hook(lambda *_: clock.passes(0.02))
         layer, other = TimedLayer([quick, slow, quick], CPU), TimedLayer([quick, slow if alike else quick], CPU)
 
         class Busy(Pace):
@@ -103,6 +125,14 @@ class TestTimedLayers:
         assert [len(calls[0]) for calls in layer.seconds] == rounds
         assert sum(len(calls[0]) for calls in other.seconds) == len(passes) == sum(rounds)
         assert min(len(calls[0]) for calls in other.seconds) >= 3
+
+    def test_one_slow_pass_by_chance_makes_no_variant_hopeless(self, clock: Clock) -> None:
+        quick, stalled, naps = nn.Identity(), nn.Identity(), iter([0.001, 0.05])
+        quick.register_forward_hook(lambda *_: clock.passes(0.001))
+        stalled.register_forward_hook(lambda *_: clock.passes(next(naps, 0.001)))
+        layer = TimedLayer([quick, stalled], CPU)
+        assert len(list(timed_passes([layer], lambda: layer(torch.ones(1)), 6))) == 12
+        assert [len(calls[0]) for calls in layer.seconds] == [6, 6]
 
     def test_give_what_their_variants_give(self) -> None:
         layer = TimedLayer([nn.Hardtanh(), nn.ReLU()], CPU)

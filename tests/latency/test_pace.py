@@ -44,7 +44,7 @@ def test_patience_is_half_as_long_as_what_counts_and_a_little_more() -> None:
     assert not any(pace.counts(1.5, full=False) for _ in range(2))
     assert (pace.spent_s, pace.lost_s) == (2.0, 3.0)
     assert pace.counts(1.5, full=False)  # nothing better is to be had
-    assert pace.spent_s == 3.5
+    assert (pace.spent_s, pace.slow_s) == (3.5, 1.5)
 
 
 def test_slow_passes_come_again_and_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
