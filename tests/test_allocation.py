@@ -30,7 +30,7 @@ from lightning_prune.allocation import (
 from lightning_prune.allocation.budget import _MANY
 from lightning_prune.allocation.fronts import Fronts
 from lightning_prune.allocation.programme import Effort, search
-from lightning_prune.allocation.relaxation import Problem, bounds_of, relax
+from lightning_prune.allocation.relaxation import Problem, Weighted, bounds_of, relax
 from lightning_prune.granularities import NM
 from lightning_prune.layers import LayerCall, LayerSpec, LayerTable
 from lightning_prune.plan import SparsityPlan
@@ -176,7 +176,7 @@ def test_no_more_than_a_hundredth_is_left_open_where_a_short_programme_leaves_mo
     allocator = BudgetAllocator(errors, times)
     slowest = allocator.allocate(math.inf, scale).time
     budget = allocator.least_time + share * (slowest - allocator.least_time)
-    short = search(Problem(Fronts.of(errors, times), scale, budget), replace(_MANY, open=math.inf))
+    short = search(Problem(Weighted(Fronts.of(errors, times), scale), budget), replace(_MANY, open=math.inf))
     assert short.error > 1.02 * allocator.exact(budget, scale).error
     found = allocator.allocate(budget, scale)
     check_sums(found, errors, times, budget, scale)
@@ -235,7 +235,7 @@ def test_a_search_cut_short_keeps_the_budget_and_claims_no_proof_that_it_lacks(
         allocator = BudgetAllocator(errors, times)
         for budget in budgets(times, (0.05, 0.15, 0.3)):
             exact = allocator.exact(budget, scale)
-            problem = Problem(Fronts.of(errors, times), scale, budget)
+            problem = Problem(Weighted(Fronts.of(errors, times), scale), budget)
             for enough, items in ((0.0, 12), (0.05, 12), (0.0, 2)):
                 found = search(
                     problem, Effort(items, items, width, branches, branches, near=near, enough=enough, again=enough)
@@ -306,7 +306,7 @@ def test_bounds_are_bounds(kind: str) -> None:
     errors, times = tables(kind, 4, 6, seed=7)
     scale = np.array([1.0, 0.5, 2.0, 1.5])
     for budget in budgets(times, (0.1, 0.3, 0.6)):
-        problem = Problem(Fronts.of(errors, times), scale, budget)
+        problem = Problem(Weighted(Fronts.of(errors, times), scale), budget)
         assert relax(problem).bound <= enumerated(errors, times, budget, scale) + 1e-12
         for item in range(4):
             for point, bound in zip(*bounds_of(problem, item), strict=True):
@@ -322,7 +322,7 @@ def test_bounds_are_bounds(kind: str) -> None:
 def test_holding_the_breaking_item_or_not_finds_the_same(near: float) -> None:
     errors, times = tables("noisy", 25, 12, seed=11)
     for budget in budgets(times, (0.05, 0.2, 0.5)):
-        problem = Problem(Fronts.of(errors, times), np.ones(25), budget)
+        problem = Problem(Weighted(Fronts.of(errors, times), np.ones(25)), budget)
         found = search(problem, Effort(25, 25, 1 << 14, 12, 12, near=near, enough=0.0, again=0.0))
         assert found.bound == found.error == pytest.approx(BudgetAllocator(errors, times).exact(budget).error)
 
@@ -372,6 +372,19 @@ nan, inf = math.nan, math.inf
 def test_bad_tables_are_refused(errors: Any, times: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         BudgetAllocator(errors, times)
+
+
+def test_coefficients_of_one_call_do_not_stay_for_the_next() -> None:
+    generator = np.random.default_rng(3)
+    errors, times = generator.uniform(size=(2, 6, 8))
+    used, weights = BudgetAllocator(errors, times), generator.uniform(size=(3, 6))
+    budgets = np.linspace(used.least_time, times.max(axis=1).sum(), 4)
+    for scale in (*weights, weights[0], None):
+        for budget in budgets:
+            found, fresh = used.allocate(budget, scale), BudgetAllocator(errors, times).allocate(budget, scale)
+            assert (found.choices.tolist(), found.error) == (fresh.choices.tolist(), fresh.error)
+    with pytest.raises(ValueError, match=re.escape("one per item, [6], got [1, 6]")):
+        used.allocate(budgets[0], np.ones((1, 6)))
 
 
 @pytest.mark.parametrize(

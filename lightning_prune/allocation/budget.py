@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from lightning_prune.allocation.fronts import Floats, Fronts, Ints
 from lightning_prune.allocation.programme import EXACT, Effort, Found, search
-from lightning_prune.allocation.relaxation import Problem
+from lightning_prune.allocation.relaxation import Problem, Weighted
 
 __all__ = ["Allocation", "BudgetAllocator", "couple"]
 
@@ -60,7 +60,7 @@ class BudgetAllocator:
     be slower than dense. Whatever adds up may stand for time: seconds, MACs, bytes, joules.
 
     What depends on neither budget nor coefficients, the Pareto front of each item and its lower convex hull, is found
-    once, when the allocator is built.
+    once, when the allocator is built; what depends on coefficients alone, once for several budgets in a row.
 
     Args:
         errors: `[items, choices]`; +inf forbids a choice.
@@ -82,6 +82,7 @@ class BudgetAllocator:
     times: Floats
     _fronts: Fronts = field(init=False, repr=False)
     _largest: float = field(init=False, repr=False)
+    _last: dict[bytes, Weighted] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse tables that are none, and keep copies that cannot be written to."""
@@ -165,7 +166,7 @@ class BudgetAllocator:
         return self._solve(budget, coefficients, proven)
 
     def _solve(self, budget: float, coefficients: npt.ArrayLike | None, run: Callable[[Problem], Found]) -> Allocation:
-        fronts, scale = self._fronts, self._coefficients(coefficients)
+        fronts, points = self._fronts, self._weighted(coefficients)
         budget, least = float(budget), self.least_time
         if not budget >= least:
             raise ValueError(
@@ -175,23 +176,30 @@ class BudgetAllocator:
         # exceed the budget is sought again below it.
         rounding = 4 * fronts.items * float(np.finfo(np.float64).eps)
         for room in (rounding, 0.0, -rounding, -64 * rounding):
-            found = run(Problem(fronts, scale, budget * (1 + room)))
+            found = run(Problem(points, budget * (1 + room)))
             time = _sum(fronts.time[found.chosen])
             if time <= budget:
                 break
         chosen = found.chosen
         if time > budget:
             chosen, time = fronts.start, least
-        error = _sum(fronts.error[chosen] * scale)
+        error = _sum(fronts.error[chosen] * points.coefficients)
         # The search's sums are rounded otherwise than this one.
         bound = error if found.bound >= found.error else min(found.bound, error)
         return Allocation(fronts.choice[chosen], error, time, bound)
 
-    def _coefficients(self, given: npt.ArrayLike | None) -> Floats:
+    def _weighted(self, given: npt.ArrayLike | None) -> Weighted:
+        values = np.ones(self._fronts.items) if given is None else np.array(given, dtype=np.float64)
+        key = values.tobytes()
+        known = self._last.get(key)
+        if known is None or values.shape != known.coefficients.shape:
+            self._require(values)
+            self._last.clear()
+            self._last[key] = known = Weighted(self._fronts, values)
+        return known
+
+    def _require(self, values: Floats) -> None:
         items = self._fronts.items
-        if given is None:
-            return np.ones(items)
-        values = np.array(given, dtype=np.float64)
         if values.shape != (items,):
             raise ValueError(f"coefficients are one per item, [{items}], got {list(values.shape)}")
         bad = ~((values >= 0.0) & (values < np.inf))
@@ -200,7 +208,6 @@ class BudgetAllocator:
             raise ValueError(f"coefficients{place} is {values[tuple(place)]!s}; a coefficient is finite and at least 0")
         if not math.isfinite(float(values.max()) * self._largest * items):
             raise ValueError(f"the largest coefficient, {values.max()!s}, times errors exceeds float64: rescale them")
-        return values
 
 
 def couple(values: npt.ArrayLike, groups: npt.ArrayLike) -> Floats:

@@ -21,21 +21,19 @@ from lightning_prune.allocation.fronts import Floats, Fronts, Ints
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
-    """One budget and one set of coefficients.
+class Weighted:
+    """The points with one set of coefficients: what does not depend on the budget.
 
     Args:
         fronts: the points.
         coefficients: by which each item's errors are multiplied, `[items]`.
-        budget: the time that a choice may take, at least that of the fastest.
     """
 
     fronts: Fronts
     coefficients: Floats
-    budget: float
 
     @cached_property
-    def weighted(self) -> Floats:
+    def errors(self) -> Floats:
         """Errors times coefficients, `[points]`."""
         weighted: Floats = self.fronts.error * self.coefficients[self.fronts.item]
         return weighted
@@ -55,6 +53,29 @@ class Problem:
         """Of the steps, the item, the time that each takes, and the point that it leads to."""
         order, _ = self.steps
         return self.fronts.owner[order], self.fronts.pace[order], self.fronts.hull[order]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One budget and one set of coefficients.
+
+    Args:
+        points: weighted.
+        budget: the time that a choice may take, at least that of the fastest.
+    """
+
+    points: Weighted
+    budget: float
+
+    @property
+    def fronts(self) -> Fronts:
+        """The points."""
+        return self.points.fronts
+
+    @property
+    def weighted(self) -> Floats:
+        """Errors times coefficients, `[points]`."""
+        return self.points.errors
 
     def error(self, chosen: Ints) -> float:
         """The weighted error of a choice of points."""
@@ -108,8 +129,8 @@ def relax(problem: Problem, held: int | None = None) -> Relaxation:
     """
     fronts = problem.fronts
     base = fronts.start.copy()
-    steps, slope = problem.steps
-    owner, pace, hull = problem.ordered
+    steps, slope = problem.points.steps
+    owner, pace, hull = problem.points.ordered
     fixed = None
     if held is not None:
         fixed = int(fronts.item[held])
@@ -135,8 +156,8 @@ def bounds_of(problem: Problem, item: int) -> tuple[Ints, Floats]:
     """The points of one item and the bound if it is held there, infinite where that exceeds the budget."""
     fronts = problem.fronts
     points = np.flatnonzero(fronts.item == item)
-    _, slope = problem.steps
-    owner, pace, _ = problem.ordered
+    _, slope = problem.points.steps
+    owner, pace, _ = problem.points.ordered
     rest = np.flatnonzero(owner != item)
     others = np.delete(fronts.start, item)
     slack = problem.budget - float(fronts.time[others].sum()) - fronts.time[points]
