@@ -6,16 +6,12 @@ The accuracy is a formula, and the time that it takes is subtracted. A trial is 
 looking after other workers' trials, proposing, allocating, claiming the plan, writing and ending it are included. Wall
 time, and processor time of the process, which does not depend on who else uses the machine; garbage collections of
 Python, which come at any time, are in both and listed beside them.
-
-On virtual machines neighbours slow the processor for seconds at a time. The numbers shown are those of trials before
-and after which it ran at full speed, by `Pace`; how many those are of all is shown, too, and the file has all trials.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -24,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_prune.latency.pace import Pace
 from lightning_prune.search.layer_space import _groups
 from lightning_prune.search.space import Candidate, SearchSpace
 from lightning_prune.search.study import minimise
@@ -35,11 +30,11 @@ STORAGES = {"memory": None, "sqlite": "study.db", "journal": "study.journal"}
 
 
 def overheads(storage: str | None, items: int, seed: int, evaluations: int) -> dict[str, list[float]]:
-    """Milliseconds of each trial but the first, and of each garbage collection; whether trials ran at full speed."""
+    """Milliseconds of each trial but the first, and of each garbage collection."""
     each = space(items, 16, seed)
     of = SearchSpace(each.items, each.entries, each.errors, each.tables, each.cost, _groups(items))
     network, marks, collections = Network(of), list[tuple[float, float]](), [0.0]
-    outside, pace, full = np.zeros(2), Pace(torch.device("cpu")), list[bool]()
+    outside = np.zeros(2)
 
     def clocks() -> tuple[float, float]:
         return time.perf_counter(), time.process_time()
@@ -52,12 +47,8 @@ def overheads(storage: str | None, items: int, seed: int, evaluations: int) -> d
         return value
 
     def ended(study: Any, trial: Any) -> None:
-        nonlocal outside
-        begin = clocks()
-        wall_s, cpu_s = np.subtract(begin, outside)
+        wall_s, cpu_s = np.subtract(clocks(), outside)
         marks.append((float(wall_s), float(cpu_s)))
-        full.append(pace.full())
-        outside += np.subtract(clocks(), begin)
 
     def collected(phase: str, info: Any) -> None:
         now_s = time.process_time()
@@ -84,12 +75,7 @@ def overheads(storage: str | None, items: int, seed: int, evaluations: int) -> d
     finally:
         gc.callbacks.remove(collected)
     wall, cpu = 1e3 * np.diff(np.array(marks), axis=0).T
-    return {
-        "wall_ms": wall.tolist(),
-        "cpu_ms": cpu.tolist(),
-        "full_speed": [float(before and after) for before, after in itertools.pairwise(full)],
-        "collections_ms": [1e3 * s for s in collections[:-1]],
-    }
+    return {"wall_ms": wall.tolist(), "cpu_ms": cpu.tolist(), "collections_ms": [1e3 * s for s in collections[:-1]]}
 
 
 def main() -> None:
@@ -103,21 +89,19 @@ def main() -> None:
     torch.set_num_threads(1)
     results = []
     for name in arguments.storages:
-        found: dict[str, list[float]] = {"wall_ms": [], "cpu_ms": [], "full_speed": [], "collections_ms": []}
+        found: dict[str, list[float]] = {"wall_ms": [], "cpu_ms": [], "collections_ms": []}
         for seed in range(arguments.seeds):
             with tempfile.TemporaryDirectory() as folder:
                 file = STORAGES[name]
                 storage = None if file is None else str(Path(folder) / file)
                 for key, values in overheads(storage, arguments.items, seed, arguments.evaluations).items():
                     found[key] += values
-        full = np.array(found["full_speed"], dtype=bool)
-        full |= not full.any()
-        cpu, wall = np.array(found["cpu_ms"])[full], np.array(found["wall_ms"])[full]
-        results.append({"storage": name, "items": arguments.items, "trials": len(full), **found})
+        cpu, wall = np.array(found["cpu_ms"]), np.array(found["wall_ms"])
+        results.append({"storage": name, "items": arguments.items, "trials": len(cpu), **found})
         print(
-            f"{name:8} {arguments.items} layers, {len(cpu)} of {len(full)} trials: "
-            f"CPU {np.median(cpu):5.1f} ms median, {np.quantile(cpu, 0.95):5.1f} p95, {cpu.max():5.1f} worst; "
-            f"wall {np.median(wall):5.1f} median, {np.quantile(wall, 0.95):5.1f} p95, {wall.max():5.1f} worst; "
+            f"{name:8} {arguments.items} layers, {len(cpu)} trials: CPU {np.median(cpu):5.1f} ms median, "
+            f"{np.quantile(cpu, 0.95):5.1f} p95, {cpu.max():5.1f} worst; wall {np.median(wall):5.1f} median, "
+            f"{np.quantile(wall, 0.95):5.1f} p95, {wall.max():5.1f} worst; "
             f"longest garbage collection {max(found['collections_ms'], default=0.0):5.1f}; "
             f"{(cpu > 50).sum()} trials above 50 ms CPU",
             flush=True,
