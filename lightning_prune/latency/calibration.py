@@ -73,7 +73,7 @@ def calibrate(
 
     Warns:
         NoisyMachineWarning: the process did not have its core to itself, or neighbours on other hardware threads slowed
-            it for more than a quarter of the time; the profile says so as well.
+            it for more than a second and a quarter of what was timed; the profile says so as well.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(64, 32))

@@ -258,9 +258,13 @@ class Session:
             self.networks,
             {name: error for name, error in errors.items() if error is not None},
             self.rounds,
-            self.quiet and self.pace.slow_s <= max(_SLOW * self.pace.spent_s, _SLOW_S),
+            self._trusted,
             *self._energies,
         )
+
+    @property
+    def _trusted(self) -> bool:
+        return self.quiet and self.pace.slow_s <= max(_SLOW * self.pace.spent_s, _SLOW_S)
 
     @property
     def _energies(self) -> tuple[float | None, float | None]:
@@ -276,7 +280,7 @@ class Session:
                 tuple(self.measurements),
                 self.networks,
                 rounds=self.rounds,
-                quiet=self.quiet,
+                quiet=self._trusted,
                 joules_per_mac=self._energies[0],
                 joules_per_byte=self._energies[1],
             ).save(self.path)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_prune.files import write_text
 from lightning_prune.search.claims import choices_of, claimed, cost_of
-from lightning_prune.search.joining import ATTRIBUTE
+from lightning_prune.search.joining import ATTRIBUTE, SCHEMA
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -56,7 +56,7 @@ class TrialRecord:
     def of(cls, trial: FrozenTrial) -> TrialRecord:
         """What a trial of Optuna says about itself."""
         known = trial.user_attrs
-        outcome = known.get("outcome", {})
+        outcome = known.get("outcome") or {}
         accuracy = _finite(outcome.get("accuracy"))
         proposed = "candidate" in known
         finished = claimed(trial) and trial.state.name == "COMPLETE"  # killed ones end when somebody finds them
@@ -125,13 +125,18 @@ class History:
         """What a study of `minimise` or `front` holds.
 
         Raises:
-            ValueError: the study is another one.
+            ValueError: the study is another one, or of another version.
         """
         about = study.user_attrs.get(ATTRIBUTE)
         if not isinstance(about, Mapping):
             raise ValueError(
                 f"study {study.study_name!r} is no sparsity search: it has no attribute {ATTRIBUTE!r}; give the study "
                 "of a search, or build a History from its trials"
+            )
+        if about.get("schema") != SCHEMA:
+            raise ValueError(
+                f"study {study.study_name!r} was not made by this version of lightning-prune: its schema is "
+                f"{about.get('schema')!r}, not {SCHEMA!r}; search anew under another name"
             )
         return cls(
             trials=tuple(map(TrialRecord.of, study.get_trials(deepcopy=False))),

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 ATTRIBUTE = "lightning_prune"
 """Of the study: what it is about."""
 
-_SCHEMA = "lightning-prune/study/3"
+SCHEMA = "lightning-prune/study/3"
+"""Of what a study and its trials say about themselves."""
 
 _WHAT = {
     "kind": "another kind of search",
@@ -52,7 +53,7 @@ def facts(space: SearchSpace, **about: Any) -> dict[str, Any]:
     entries = [[SparsityPlan({"it": entry}).as_dict()["it"] for entry in row] for row in space.entries]
     text = json.dumps([entries, list(space.groups)], sort_keys=True)
     return {
-        "schema": _SCHEMA,
+        "schema": SCHEMA,
         **about,
         "names": [list(item) for item in space.items],
         "space": hashlib.sha256(text.encode()).hexdigest()[:16],

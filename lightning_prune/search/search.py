@@ -125,7 +125,7 @@ def search_sparsity(
         confirmations: how many feasible plans of the study are recovered and confirmed at most, the cheapest first:
             the next one's turn comes where the drop of the last turned out to be too large. Where none holds, the
             nearest of them is the result, and it says so; `details["confirmations"]` has each.
-        on_trial: is called with study and trial after each.
+        on_trial: is called with study and trial after each; the trial is not to be changed.
         phases: is told what happens.
         progress: whether to show progress bars.
 

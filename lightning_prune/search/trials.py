@@ -43,6 +43,9 @@ _PATIENCE = 100
 _DECIDING_S = 10.0
 """A worker decides within milliseconds; one that does not is dead."""
 
+_STALE_S = 0.03
+"""Trials that were read so long ago are read again: others may have ended meanwhile."""
+
 _SILENCE_S = 60.0
 """At least as long others may evaluate before they are taken for dead, where there are no heartbeats."""
 
@@ -79,6 +82,7 @@ class Run:
         self._idle = 0
         self._collisions = 0
         self._own_error = False
+        self._stop = _Stop()
         self._stopped: Stopped | None = None
         self._ends_s = math.inf
         self._show: Callable[[Sequence[FrozenTrial]], None] = lambda trials: None
@@ -88,10 +92,12 @@ class Run:
         from optuna.exceptions import UpdateFinishedTrialError
 
         self._ends_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        with _bar(progress, title, self.terms) as self._show, self._interrupts, self._stops():
+        with _bar(progress, title, self.terms) as self._show, self._interrupts, _heard(self.study, self._stop):
             try:
                 self._go_on(retry_dead(self.study, self.worker, orphans=True))
                 while self._stopped is None:
+                    self._number = -1
+                    self._stop.asked()
                     try:
                         # For callbacks Optuna would read each trial once more, a tenth of what a trial takes in SQLite.
                         self.study.optimize(self._objective, n_trials=1)
@@ -100,6 +106,7 @@ class Run:
                         # evaluation ends after that, Optuna asserts that it cannot.
                         if self._own_error or not self._taken_away():
                             raise
+                        self._interrupts.check()
                         self._go_on(retry_dead(self.study, self.worker))
                     else:
                         self._after()
@@ -119,7 +126,7 @@ class Run:
         # First of all, so that others can tell whether it is still run.
         trial.set_user_attr("worker", self.worker.mark)
         self._interrupts.check()
-        candidate = suggested(trial, self.space, self.moves)
+        candidate = self._suggested(trial)
         if candidate is None:
             raise self._skipped(trial, Verdict(reason="no plan meets this budget"))
         found = self._decided(trial, candidate)
@@ -140,6 +147,17 @@ class Run:
             return cost, drop
         trial.set_constraint("drop", drop - self.terms.max_drop)
         return cost
+
+    def _suggested(self, trial: Trial) -> Candidate | None:
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        try:
+            return suggested(trial, self.space, self.moves)
+        except UpdateFinishedTrialError:  # by another worker
+            raise
+        except Exception:  # the sampler's own
+            self._own_error = True
+            raise
 
     def _decided(self, trial: Trial, candidate: Candidate) -> Verdict:
         deadline_s = time.monotonic() + _DECIDING_S
@@ -192,25 +210,20 @@ class Run:
         drop = float(drop_of(value, self.terms.dense_accuracy, self.mode, self.terms.max_drop))
         return drop if math.isfinite(drop) else DIVERGED
 
-    @contextlib.contextmanager
-    def _stops(self) -> Iterator[None]:
-        """Where a sampler stops the study, no further trial begins."""
-
-        def stop() -> None:
-            self._stopped = self._stopped or "sampler"
-
-        self.study.stop = stop  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            del self.study.stop
-
     def _after(self) -> None:
         """Between two trials."""
+        stop, read_s = self._stop.asked(), time.monotonic()
         trials = retry_dead(self.study, self.worker)
+        self._stop.asked()  # samplers are told of the ends of dead workers' trials, which end nothing here
         if self.on_trial is not None:
             self.on_trial(self.study, trials[self._number])
+        if stop or self._stop.asked():
+            self._stopped = "sampler"
         self._interrupts.check()
+        if self._collisions:
+            time.sleep(min(1.0, 0.02 * 2 ** min(self._collisions, 6)))
+        if time.monotonic() - read_s > _STALE_S:
+            trials = retry_dead(self.study, self.worker)
         self._go_on(trials)
 
     def _go_on(self, trials: Sequence[FrozenTrial]) -> None:
@@ -225,8 +238,6 @@ class Run:
 
         if self._idle >= _PATIENCE:
             self._stopped = "exhausted"
-        if self._collisions:
-            time.sleep(min(1.0, 0.02 * 2 ** min(self._collisions, 6)))
         pause_s, since_s, last = 0.02, time.monotonic(), -1
         while True:
             done, running = evaluated(trials), evaluating(trials)
@@ -287,6 +298,31 @@ def front_trials(trials: Sequence[FrozenTrial]) -> tuple[FrozenTrial, ...]:
         if not found or dropped(trial) < dropped(found[-1]):
             found.append(trial)
     return tuple(found)
+
+
+class _Stop:
+    """Stands in the place of `Study.stop`, which Optuna allows in objectives and callbacks alone."""
+
+    def __init__(self) -> None:
+        self._called = False
+
+    def __call__(self) -> None:
+        self._called = True
+
+    def asked(self) -> bool:
+        """Whether it was called since this was asked."""
+        called, self._called = self._called, False
+        return called
+
+
+@contextlib.contextmanager
+def _heard(study: Study, stop: _Stop) -> Iterator[None]:
+    """What samplers and callbacks do to stop a study."""
+    study.stop = stop  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del study.stop
 
 
 @contextlib.contextmanager

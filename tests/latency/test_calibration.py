@@ -123,7 +123,13 @@ def test_faster_passes_say_what_a_pass_takes_beside_its_layers() -> None:
 
 
 def test_the_estimate_of_the_dense_network_is_its_time() -> None:
-    model, example = cnn()
+    class Rest(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            time.sleep(0.003)
+            return x
+
+    layers, example = cnn()
+    model = nn.Sequential(layers, Rest())
     table = layer_table(model, example)
     profile = quick(model, example, kernels=(), rounds=9)
     network = profile.network(table)
@@ -131,9 +137,7 @@ def test_the_estimate_of_the_dense_network_is_its_time() -> None:
     estimator = LatencyEstimator(table, profile)
     dense = float(estimator.latency_s(torch.zeros(3, dtype=torch.float64)))
     assert dense == pytest.approx(min(network.dense_s.values()), rel=0.02)
-    # On a machine at rest the layers and the rest add up to the pass; a slowed one may time layers too long.
-    for layout, fixed_s in network.fixed_s.items():
-        assert 0 <= fixed_s <= max(network.dense_s[layout] - network.layers_s[layout], 0.0)
+    assert min(network.fixed_s.values()) > 0.001
 
 
 @pytest.mark.parametrize(

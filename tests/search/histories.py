@@ -13,7 +13,7 @@ from optuna.distributions import BaseDistribution, FloatDistribution
 
 from lightning_prune.plan import SparsityPlan
 from lightning_prune.search.history import History, TrialRecord
-from lightning_prune.search.joining import ATTRIBUTE
+from lightning_prune.search.joining import ATTRIBUTE, SCHEMA
 from lightning_prune.search.result import SearchResult
 
 DENSE, DENSE_COST, MAX_DROP = 0.96, 2e-3, 0.01
@@ -45,7 +45,7 @@ def history(number: int, seed: int = 0, groups: int = 3, **options: Any) -> Hist
 def study(of: History) -> optuna.Study:
     """The same as Optuna keeps it."""
     made = optuna.create_study()
-    about = {"schema": "lightning-prune/study/3", "metric": of.metric, "mode": of.mode, "max_drop": of.max_drop}
+    about = {"schema": SCHEMA, "metric": of.metric, "mode": of.mode, "max_drop": of.max_drop}
     about |= {"dense_accuracy": of.dense_accuracy, "dense_cost": of.dense_cost, "objective": of.objective}
     made.set_user_attr(ATTRIBUTE, about)
     for trial in of.trials:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from lightning_prune.search.history import History, TrialRecord, load_trials, save_trials
 from lightning_prune.search.importances import importances
+from lightning_prune.search.joining import ATTRIBUTE
 from lightning_prune.search.study import minimise
 from lightning_prune.search.trials import best_trial, front_trials
 from tests.search import analytic
@@ -151,6 +152,13 @@ def test_importances_are_left_out_where_they_say_nothing() -> None:
     assert set(importances(replace(history(0), trials=same))) == {"cost"}
     mixed = replace(same[0], params={"budget": 0.5})
     assert importances(replace(history(0), trials=(*same, mixed))) == {}
+
+
+def test_a_study_of_another_version_is_refused() -> None:
+    made = study(history(3))
+    made.set_user_attr(ATTRIBUTE, {**made.user_attrs[ATTRIBUTE], "schema": "lightning-prune/study/2"})
+    with pytest.raises(ValueError, match=r"not made by this version of lightning-prune: its schema is '.*study/2'"):
+        History.of_study(made)
 
 
 def test_another_study_is_refused(tmp_path: Path) -> None:

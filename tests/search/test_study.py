@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import signal
 import time
 import warnings
@@ -18,7 +19,9 @@ from optuna.trial import TrialState
 
 from lightning_prune.granularities import Filter
 from lightning_prune.plan import PlanEntry, SparsityPlan
+from lightning_prune.search import study as study_module
 from lightning_prune.search.claims import accuracy_of, dropped
+from lightning_prune.search.sampler import ThresholdSampler
 from lightning_prune.search.space import Candidate, SearchSpace
 from lightning_prune.search.storages import open_storage, release, shown
 from lightning_prune.search.study import Outcome, front, minimise
@@ -173,6 +176,59 @@ def test_no_loss_at_all_may_be_asked_for() -> None:
     )
     assert outcome.best is not None
     assert dropped(outcome.best) == 0.0
+
+
+class Grid(optuna.samplers.GridSampler):
+    """Stops the study by itself, after some budgets."""
+
+    def __init__(self) -> None:
+        weights = {f"weight.{group}": [1.0] for group in range(SPACE.group_count)}
+        super().__init__({"budget": [0.2, 0.4, 0.6], **weights}, seed=0)
+
+
+def test_a_sampler_may_stop_the_study() -> None:
+    outcome = search(sampler=Grid(), n_trials=50)
+    assert outcome.stopped == "sampler"
+    assert {t.params["budget"] for t in outcome.study.trials} >= {0.2, 0.4, 0.6}
+    assert len(outcome.study.trials) < 20
+    assert "stop" not in vars(outcome.study)
+
+
+def test_so_may_who_looks_on() -> None:
+    def look(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        assert pickle.loads(pickle.dumps(study)).study_name == study.study_name
+        if trial.number == 2:
+            study.stop()
+
+    outcome = search(sampler=optuna.samplers.RandomSampler(seed=0), n_trials=50, on_trial=look)
+    assert outcome.stopped == "sampler"
+    assert sum(t.state.is_finished() for t in outcome.study.trials) == 3
+
+
+def test_results_that_come_in_while_somebody_looks_on_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    monkeypatch.setattr(ThresholdSampler, "just_read", lambda sampler, trials: read.append(len(trials)))
+
+    def look(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
+        time.sleep(0.05)
+
+    outcome = search(n_trials=4, on_trial=look)
+    assert read == [0, 2, 4]
+    assert len(outcome.study.trials) == 6
+
+
+@pytest.mark.parametrize("place", ["before_trial", "sample_relative", "sample_independent"])
+def test_errors_of_a_sampler_are_its_own(monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    sampler = optuna.samplers.RandomSampler(seed=0)
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise ValueError("no such parameter")
+
+    monkeypatch.setattr(sampler, place, fails)
+    monkeypatch.setattr(study_module, "_introduce", lambda *_: None)
+    with pytest.raises(ValueError, match="no such parameter"):
+        search(sampler=sampler, timeout=20)
 
 
 def test_the_front() -> None:
