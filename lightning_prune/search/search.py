@@ -141,9 +141,9 @@ def search_sparsity(
     Source: Joseph et al., "A Programmable Approach to Neural Network Compression" (Condensa, 2020), section 4; Frantar
     & Alistarh, "SPDY" (2022).
     """
+    from lightning_prune.search.ranking import feasible_trials
     from lightning_prune.search.storages import open_storage
     from lightning_prune.search.study import front, minimise
-    from lightning_prune.search.trials import feasible_trials
 
     require_settings(max_drop, metric, mode, n_trials, timeout, confirmations)
     if repair not in get_args(Repair):

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Literal
 from lightning_prune.search.claims import Terms
 from lightning_prune.search.joining import ATTRIBUTE, facts, joined
 from lightning_prune.search.parameters import weight_names
+from lightning_prune.search.ranking import best_trial, front_trials, nearest_trial
 from lightning_prune.search.space import Candidate, SearchSpace
 from lightning_prune.search.storages import open_storage, reason, release
-from lightning_prune.search.trials import Run, Stopped, best_trial, front_trials, nearest_trial
+from lightning_prune.search.trials import Run, Stopped
 from lightning_prune.search.workers import Worker
 
 if TYPE_CHECKING:

@@ -11,14 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from lightning_prune.search.claims import (
     Terms,
     Verdict,
-    accuracy_of,
-    choices_of,
     claimed,
-    cost_of,
-    dropped,
     evaluated,
     evaluating,
-    feasible,
     incumbent_cost,
     verdict,
 )
@@ -83,6 +78,7 @@ class Run:
         self._collisions = 0
         self._own_error = False
         self._stop = _Stop()
+        self._ending = False
         self._stopped: Stopped | None = None
         self._ends_s = math.inf
         self._show: Callable[[Sequence[FrozenTrial]], None] = lambda trials: None
@@ -212,12 +208,15 @@ class Run:
 
     def _after(self) -> None:
         """Between two trials."""
-        stop, read_s = self._stop.asked(), time.monotonic()
-        trials = retry_dead(self.study, self.worker)
+        from optuna.trial import TrialState
+
+        self._ending = self._ending or self._stop.asked()
+        trials, read_s = retry_dead(self.study, self.worker), time.monotonic()
         self._stop.asked()  # samplers are told of the ends of dead workers' trials, which end nothing here
         if self.on_trial is not None:
             self.on_trial(self.study, trials[self._number])
-        if stop or self._stop.asked():
+        queued = any(t.state == TrialState.WAITING for t in trials)  # a sampler has nothing more, but others have
+        if self._stop.asked() or (self._ending and not queued):
             self._stopped = "sampler"
         self._interrupts.check()
         if self._collisions:
@@ -267,37 +266,6 @@ class Run:
     def _taken_away(self) -> bool:
         trials = self.study.get_trials(deepcopy=False)
         return any(t.number == self._number and t.state.is_finished() for t in trials)
-
-
-def best_trial(trials: Sequence[FrozenTrial], max_drop: float) -> FrozenTrial | None:
-    """The cheapest that is accurate enough; the more accurate of two, then the earlier."""
-    enough = [t for t in evaluated(trials) if feasible(t, max_drop)]
-    return min(enough, key=lambda t: (cost_of(t), dropped(t), t.number), default=None)
-
-
-def feasible_trials(trials: Sequence[FrozenTrial], max_drop: float) -> list[FrozenTrial]:
-    """Those that are accurate enough, as `best_trial` would choose among them, one of each plan."""
-    enough = [t for t in evaluated(trials) if feasible(t, max_drop)]
-    enough.sort(key=lambda t: (cost_of(t), dropped(t), t.number))
-    first: dict[tuple[int, ...], FrozenTrial] = {}
-    for trial in enough:
-        first.setdefault(choices_of(trial), trial)
-    return list(first.values())
-
-
-def nearest_trial(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
-    """The one that lost least, of those the cheapest."""
-    return min(evaluated(trials), key=lambda t: (dropped(t), cost_of(t), t.number), default=None)
-
-
-def front_trials(trials: Sequence[FrozenTrial]) -> tuple[FrozenTrial, ...]:
-    """Trials of which none is both cheaper and more accurate than another, the cheapest first."""
-    finite = [t for t in evaluated(trials) if accuracy_of(t) is not None]
-    found: list[FrozenTrial] = []
-    for trial in sorted(finite, key=lambda t: (cost_of(t), dropped(t), t.number)):
-        if not found or dropped(trial) < dropped(found[-1]):
-            found.append(trial)
-    return tuple(found)
 
 
 class _Stop:

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from lightning_prune.search.history import History, TrialRecord, load_trials, save_trials
 from lightning_prune.search.importances import importances
 from lightning_prune.search.joining import ATTRIBUTE
+from lightning_prune.search.ranking import best_trial, front_trials
 from lightning_prune.search.study import minimise
-from lightning_prune.search.trials import best_trial, front_trials
 from tests.search import analytic
 from tests.search.histories import DENSE, DENSE_COST, HOSTILE, history, study
 

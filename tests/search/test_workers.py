@@ -20,6 +20,7 @@ import pytest
 from optuna.trial import TrialState
 
 from lightning_prune.search.claims import Terms, cost_of, dropped, verdict
+from lightning_prune.search.parameters import LEAST, MOST
 from lightning_prune.search.space import Candidate
 from lightning_prune.search.storages import open_storage, release
 from lightning_prune.search.study import minimise
@@ -370,6 +371,24 @@ def test_a_trial_that_another_worker_took_off_the_queue_is_left_to_it(sign: tupl
     assert ("plan" in study.trials[0].user_attrs) == (sign[0] == "plan")
     assert len(network.asked) == (2 if sign[0] == "plan" else 3)
     ends[0].join()
+
+
+def test_the_end_of_a_dead_workers_trial_stops_no_search() -> None:
+    """Samplers are told of it, and one of a grid stops the study after the last point: which is queued again."""
+    of = space(items=3, levels=6)
+    weights = {f"weight.{group}": [1.0] for group in range(of.group_count)}
+    study = optuna.create_study(sampler=optuna.samplers.GridSampler({"budget": [0.4, 0.7], **weights}, seed=0))
+    for killed in (study.ask(), study.ask()):
+        killed.set_user_attr("worker", {**Worker.here().mark, "pid": 2**30, "token": "dead"})
+        killed.suggest_float("budget", 0.0, 1.0)
+        for name in weights:
+            killed.suggest_float(name, LEAST, MOST, log=True)
+    network = Network(of)
+    run = Run(study, of, network, Terms(9, of.dense_cost, 0.95, 1e-9), "max", Worker.here(), False, None)
+    run.until(None, False, "")
+    assert [t.state for t in study.trials[:4]] == [TrialState.FAIL] * 2 + [COMPLETE] * 2
+    assert [t.user_attrs["retry_of"] for t in study.trials[2:4]] == [0, 1]
+    assert len(network.asked) == 2
 
 
 def run_far_worker(storage: str, log: str) -> None:
