@@ -92,8 +92,9 @@ def minimise(
 
     Workers that give the same storage and name share one study and its evaluations; no plan is evaluated by two. The
     same call later goes on where the study ended. Trials of workers that were killed are run again: at once where the
-    worker was a process of this machine, else, in databases, once its heartbeat is missed. An evaluation that ends
-    with Ctrl-C is run again when the study is resumed; what is returned then is what the study holds.
+    worker was a process of this machine or shared an SQLite file, else, on servers, once its heartbeat is missed. An
+    evaluation that ends with Ctrl-C is run again when the study is resumed; what is returned then is what the study
+    holds.
 
     A drop that differs from the threshold by no more than float32 rounds is taken for the threshold. An accuracy that
     is no finite number is that of a network that diverged: it is not feasible, and its trial keeps None.
@@ -141,13 +142,13 @@ def minimise(
         from lightning_prune.search.sampler import ThresholdSampler
 
         sampler = ThresholdSampler(space, max_drop, seed)
-    with _quiet(), _opened(storage) as opened:
+    with _quiet(), _opened(storage) as opened, Worker.present(opened) as worker:
         study = joined(opened, study_name, 1, about, sampler)
         if foreign:
             _introduce(study, space, n_trials)
         dense = float(study.user_attrs[ATTRIBUTE]["dense_accuracy"])
         terms = Terms(n_trials, space.dense_cost, dense, float(max_drop))
-        run = Run(study, space, accuracy, terms, mode, Worker.here(), not foreign, on_trial)
+        run = Run(study, space, accuracy, terms, mode, worker, not foreign, on_trial)
         stopped = run.until(timeout, progress, f"Search for the least {objective}")
         trials = study.get_trials(deepcopy=False)
     best = best_trial(trials, float(max_drop))
@@ -216,13 +217,13 @@ def front(
     )
     # Optuna's 50 would leave no second generation to a search of 60 evaluations.
     population = max(8, n_trials // 5)
-    with _quiet(), _opened(storage) as opened:
+    with _quiet(), _opened(storage) as opened, Worker.present(opened) as worker:
         sampler = sampler or NSGAIISampler(population_size=population, seed=seed)
         study = joined(opened, study_name, 2, about, sampler)
         _introduce(study, space, n_trials, tuple((i + 1) / population for i in range(population)))
         dense = float(study.user_attrs[ATTRIBUTE]["dense_accuracy"])
         terms = Terms(n_trials, space.dense_cost, dense, None)
-        run = Run(study, space, accuracy, terms, mode, Worker.here(), False, on_trial)
+        run = Run(study, space, accuracy, terms, mode, worker, False, on_trial)
         stopped = run.until(timeout, progress, f"Search for the front of {objective} and {metric}")
         trials = study.get_trials(deepcopy=False)
     return Outcome(None, None, front_trials(trials), run.evaluations(trials), stopped, study)

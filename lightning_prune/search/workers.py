@@ -6,15 +6,17 @@ import contextlib
 import os
 import socket
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_prune.search.claims import choices_of, evaluated
+from lightning_prune.search.locks import Locks
 
 if TYPE_CHECKING:
+    from optuna.storages import BaseStorage
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
@@ -34,6 +36,7 @@ class Worker:
         pid: process number.
         started: when the process did, in the kernel's ticks; empty where that is not known.
         token: one word per search that the process runs.
+        locks: of which it holds the one of that token, where workers share a file that has them.
     """
 
     host: str
@@ -41,19 +44,35 @@ class Worker:
     pid: int
     started: str
     token: str
+    locks: Locks | None = field(default=None, compare=False)
 
     @classmethod
     def here(cls) -> Worker:
         """The process that asks."""
         return cls(socket.gethostname(), _space(), os.getpid(), _started(os.getpid()) or "", uuid.uuid4().hex[:12])
 
+    @classmethod
+    @contextlib.contextmanager
+    def present(cls, storage: BaseStorage) -> Iterator[Worker]:
+        """The process that asks, with its lock as long as it works on what a storage keeps."""
+        worker, locks = cls.here(), Locks.beside(storage)
+        with contextlib.ExitStack() as stack:
+            held = locks is not None and stack.enter_context(locks.held(worker.token))
+            yield replace(worker, locks=locks if held else None)
+
     @property
     def mark(self) -> dict[str, Any]:
         """What stands in the trial."""
-        return asdict(self)
+        whose = {"host": self.host, "space": self.space, "pid": self.pid, "started": self.started}
+        return {**whose, "token": self.token, "locked": self.locks is not None}
 
     def knows_dead(self, mark: Mapping[str, Any]) -> bool:
-        """Whether a worker of this machine has ended; False where that cannot be known from here."""
+        """Whether a worker has ended; False where that cannot be known from here."""
+        unlocked = self.locks is not None and bool(mark.get("locked")) and self.locks.free(mark.get("token"))
+        return unlocked or self._misses(mark)
+
+    def _misses(self, mark: Mapping[str, Any]) -> bool:
+        """Whether the process number of a worker of this machine is no longer its own."""
         if (mark.get("host"), mark.get("space")) != (self.host, self.space) or not self.space:
             return False
         try:
@@ -68,7 +87,7 @@ class Worker:
 
 
 def retry_dead(study: Study, worker: Worker, own: bool = False, orphans: bool = False) -> list[FrozenTrial]:
-    """Fail the running trials of processes of this machine that have ended, and queue them again.
+    """Fail the running trials of workers that are known to have ended, and queue them again.
 
     Args:
         study: that is looked through.

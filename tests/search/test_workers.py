@@ -405,20 +405,23 @@ def run_far_worker(storage: str, log: str) -> None:
     minimise(of, Network(of, before=hang), n_trials=5, storage=open_as_is, study_name="far", progress=False, **options)
 
 
-def test_a_missed_heartbeat_is_a_death(tmp_path: Path) -> None:
-    storage, log = f"sqlite:///{tmp_path / 'study.db'}", tmp_path / "log"
+def kill_far_worker(storage: str, folder: Path) -> Any:
+    """What one of this machine that joins makes of it; all of its trials."""
+    log = folder / "log"
     process = PROCESSES.Process(target=run_far_worker, args=(storage, str(log)), daemon=True)
     process.start()
     deadline = time.monotonic() + 60
     while not lines(log):
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.kill()
-    process.join()
-    opened = open_storage(storage, heartbeat_s=1)
     of = space(items=3, levels=6)
     network = Network(of, before=lambda number, candidate: time.sleep(0.2))
     options: dict[str, Any] = {"metric": "val_acc", "mode": "max", "max_drop": 0.02, "dense_accuracy": 0.95}
+    opened = open_storage(storage, heartbeat_s=1)
+    minimise(of, network, n_trials=2, storage=opened, study_name="far", progress=False, timeout=0.0, **options)
+    assert optuna.load_study(study_name="far", storage=opened).trials[0].state == TrialState.RUNNING  # it lives
+    process.kill()
+    process.join()
     outcome = minimise(of, network, n_trials=3, storage=opened, study_name="far", progress=False, **options)
     trials = outcome.study.trials
     release(opened)
@@ -428,4 +431,16 @@ def test_a_missed_heartbeat_is_a_death(tmp_path: Path) -> None:
     (again,) = (t for t in trials if t.user_attrs.get("retry_of") == 0)
     assert again.state == COMPLETE
     assert again.params == trials[0].params
-    assert lines(log)[0][1] in network.asked
+    return trials
+
+
+def test_a_missed_heartbeat_is_a_death(database: str, tmp_path: Path) -> None:
+    assert kill_far_worker(database, tmp_path)[0].user_attrs["worker"]["locked"] is False
+
+
+def test_a_lock_given_up_is_a_death(tmp_path: Path) -> None:
+    """In another container, say, whose process numbers mean nothing here."""
+    trials = kill_far_worker(f"sqlite:///{tmp_path / 'study.db'}", tmp_path)
+    assert trials[0].user_attrs["worker"]["locked"] is True
+    assert trials[1].user_attrs["retry_of"] == 0  # at once
+    assert {path.name for path in tmp_path.iterdir()} <= {"log", "study.db", "study.db-wal", "study.db-shm"}
