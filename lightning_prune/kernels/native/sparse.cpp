@@ -315,17 +315,23 @@ void Plan::pack(const float* input, const Task& task, const Block& block, float*
   if constexpr (kWidest >= 16) return pack_woven<16>(input, task, block, panel, zeros);
 }
 
-template <int lanes, int rows, int columns, bool strided>
+template <int lanes, int rows, int columns, int stride>
 void Plan::filters(const Target& target) const {
   using V = Vector<lanes>;
   constexpr int vectors = rows * columns, size = lanes * vectors;
   // A sum waits four cycles for the one before it: short tiles keep several going.
   constexpr int chains = vectors >= 7 ? 1 : vectors >= 4 ? 2 : 4;
-  const int64_t step = strided ? step_ : lanes, skip = skip_;
+  // Each row of the tile has a base of its own, so that addresses are a base, an offset and a constant.
+  const float *const above = target.panel, *const below = above + skip_;
+  const int64_t step = stride > 0 ? stride * lanes : step_;
   const int64_t pixels = shape_.out_height * shape_.out_width;
   const auto all_zero = V::all(0.0f);
-  for (const Filter& filter : target.block->filters) {
+  const std::vector<Filter>& all_filters = target.block->filters;
+  for (size_t n = 0; n < all_filters.size(); ++n) {
+    const Filter& filter = all_filters[n];
     if (filter.output < target.first_output || filter.output >= target.end_output) continue;
+    if (n + 1 < all_filters.size() && !all_filters[n + 1].first)  // sums lie apart, as filters are in another order
+      for (int i = 0; i < size; i += 16) __builtin_prefetch(target.sums + all_filters[n + 1].output * size + i);
     float* sum = target.sums + filter.output * size;
     float* to = target.output + filter.output * pixels;
     if (flat_ && filter.last && !shape_.linear)
@@ -339,16 +345,19 @@ void Plan::filters(const Target& target) const {
     const uint16_t* offset = offsets_.data() + filter.begin;
     auto multiply = [&](typename V::type* sums, int i) {
       const typename V::type weight = V::all(value[i]);
-      const float* from = target.panel + 2 * offset[i];
-#pragma GCC unroll 2
-      for (int r = 0; r < rows; ++r)
+      const int64_t at = 2 * static_cast<int64_t>(offset[i]);
+      auto along = [&](int row, const float* from) {
 #pragma GCC unroll 14
-        for (int c = 0; c < columns; ++c) sums[r * columns + c] += weight * V::load(from + r * skip + c * step);
+        for (int c = 0; c < columns; ++c) sums[row * columns + c] += weight * V::load(from + at + c * step);
+      };
+      along(0, above);
+      if constexpr (rows == 2) along(1, below);
     };
     int i = 0;
-    for (; i + chains <= filter.count; i += chains)
+    constexpr int together = std::max(chains, 2);
+    for (; i + together <= filter.count; i += together)
 #pragma GCC unroll 4
-      for (int c = 0; c < chains; ++c) multiply(total[c], i + c);
+      for (int c = 0; c < together; ++c) multiply(total[c % chains], i + c);
     for (; i < filter.count; ++i) multiply(total[0], i);
     for (int c = 1; c < chains; ++c)
       for (int v = 0; v < vectors; ++v) total[0][v] += total[c][v];
@@ -392,13 +401,15 @@ void Plan::filters(const Target& target) const {
 
 template <int lanes>
 void Plan::dispatch(const Tile& tile, const Target& target) const {
-  const bool strided = shape_.stride_x > 1;
+  const int64_t stride = shape_.stride_x;
   switch (tile.rows * 16 + tile.columns) {
-#define LIGHTNING_PRUNE_CASE(rows, columns)                                         \
-  case rows * 16 + columns:                                                         \
-    if constexpr (lanes > 1)                                                        \
-      if (strided) return filters<lanes, rows, columns, true>(target);              \
-    if constexpr (lanes > 1 || rows == 1) filters<lanes, rows, columns, false>(target); \
+#define LIGHTNING_PRUNE_CASE(rows, columns)                                     \
+  case rows * 16 + columns:                                                     \
+    if constexpr (lanes > 1) {                                                  \
+      if (stride == 2) return filters<lanes, rows, columns, 2>(target);         \
+      if (stride > 2) return filters<lanes, rows, columns, 0>(target);          \
+    }                                                                           \
+    if constexpr (lanes > 1 || rows == 1) filters<lanes, rows, columns, 1>(target); \
     return;
     LIGHTNING_PRUNE_CASE(1, 1)
     LIGHTNING_PRUNE_CASE(1, 2)

@@ -107,7 +107,7 @@ class Plan {
   int64_t place(const Task& task, const Tile& tile, int64_t* places) const;
   template <int lanes>
   void dispatch(const Tile& tile, const Target& target) const;
-  template <int lanes, int rows, int columns, bool strided>
+  template <int lanes, int rows, int columns, int stride>  // 0 for any stride
   void filters(const Target& target) const;
 
   Shape shape_;
