@@ -15,7 +15,7 @@ from lightning_prune.folding import fold_batch_norm, plain, replace_module
 from lightning_prune.kernels import NHWC, LayerKernel, Steps, Workload
 from lightning_prune.kernels.workload import runnable
 from lightning_prune.layers import LayerTable, layer_table
-from lightning_prune.pooling import pool_through_nhwc
+from lightning_prune.pooling import separate_pools
 from lightning_prune.rectifiers import rectified_layers, skip_rectified
 from lightning_prune.silence import Border, Layer, drop_constant_inputs
 from lightning_prune.tracing import call
@@ -137,7 +137,7 @@ def in_layout(model: nn.Module, layout: str) -> nn.Module:
     copied = copy.deepcopy(model)
     if layout == NHWC:
         return copied.to(memory_format=torch.channels_last)
-    pool_through_nhwc(copied)
+    separate_pools(copied)
     return copied
 
 

@@ -1,4 +1,4 @@
-"""Layers that rectify their own outputs, and poolings that take the faster layout: nobody can tell."""
+"""Layers that rectify their own outputs, and poolings in two steps: nobody can tell."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from lightning_prune import pooling
 from lightning_prune.kernels import SIMD, native
 from lightning_prune.kernels.simd import SparseLayer
-from lightning_prune.pooling import ThroughNHWC, pool_through_nhwc
+from lightning_prune.pooling import SeparablePool, separate_pools
 from lightning_prune.preparation import Prepared, in_layout
 from lightning_prune.rectifiers import Rectifier, mark_rectified, rectified_layers, skip_rectified
 from lightning_prune.runtime import AcceleratedModel, assembled
@@ -118,7 +121,7 @@ def test_a_residual_network_with_shared_relus(tmp_path: Path) -> None:
     rectified = [n for n, m in fast.network.named_modules() if isinstance(m, SparseLayer) and m.relu]
     assert rectified == ["conv1", *(f"layer{i}.{j}.conv1" for i in range(1, 5) for j in range(2))]
     assert not any(type(m) is nn.ReLU for m in fast.network.modules())
-    assert isinstance(fast.network.maxpool, ThroughNHWC)
+    assert isinstance(fast.network.maxpool, SeparablePool)
     fast.save(tmp_path / "fast.pt")
     loaded = AcceleratedModel.load(tmp_path / "fast.pt", torchvision.models.resnet18(num_classes=7))
     for batch in (1, 2, 5):
@@ -169,11 +172,12 @@ def test_watched_relus_stay() -> None:
 
 @pytest.mark.parametrize("shape", [(2, 16, 9, 11), (1, 8, 6, 6), (3, 4, 8, 8), (16, 9, 9), (0, 8, 6, 6)], ids=str)
 @pytest.mark.parametrize("options", [{}, {"stride": 1, "padding": 1}, {"ceil_mode": True, "dilation": 2}], ids=str)
-def test_pooling_is_the_same(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+def test_pooling_is_the_same(shape: tuple[int, ...], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pooling, "_FEWEST_NUMBERS", 0)
     pool = nn.MaxPool2d(3, **options)
     model = nn.Sequential(copy.deepcopy(pool))
-    pool_through_nhwc(model)
-    assert isinstance(model[0], ThroughNHWC)
+    separate_pools(model)
+    assert isinstance(model[0], SeparablePool)
     x = torch.randn(shape)
     x.flatten()[:3] = torch.nan
     y, expected = model(x), pool(x)
@@ -184,8 +188,32 @@ def test_pooling_is_the_same(shape: tuple[int, ...], options: dict[str, Any]) ->
         assert torch.equal(model(lying).nan_to_num(9), expected.nan_to_num(9))
 
 
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_pooling_of_any_window_is_the_same(data: st.DataObject) -> None:
+    def pair(least: int, most: int) -> tuple[int, int]:
+        return data.draw(st.integers(least, most)), data.draw(st.integers(least, most))
+
+    window, stride, size = pair(1, 5), pair(1, 4), pair(5, 12)
+    padding = (data.draw(st.integers(0, window[0] // 2)), data.draw(st.integers(0, window[1] // 2)))
+    pool = nn.MaxPool2d(window, stride, padding, ceil_mode=data.draw(st.booleans()))
+    separable = SeparablePool(pool)
+    x = torch.randn(1, 2, *size)
+    x[0, 0, 0, 0] = torch.nan
+    before = x.clone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pooling, "_FEWEST_NUMBERS", 0)
+        y = separable(x)
+        if all(map(pooling._Step.fits, separable.steps, size)):
+            patch.setattr(nn.MaxPool2d, "forward", lambda *_: pytest.fail("this was not left to PyTorch"))
+            separable(x)
+    assert torch.equal(y.nan_to_num(9), pool(x).nan_to_num(9))
+    assert y.is_contiguous()
+    assert torch.equal(x.nan_to_num(9), before.nan_to_num(9))
+
+
 def test_poolings_are_replaced_in_one_layout_only() -> None:
     model = nn.Sequential(nn.MaxPool2d(2), nn.MaxPool2d(2, return_indices=True), nn.AvgPool2d(2))
-    assert [type(m) for m in in_layout(model, "nchw").children()] == [ThroughNHWC, nn.MaxPool2d, nn.AvgPool2d]
+    assert [type(m) for m in in_layout(model, "nchw").children()] == [SeparablePool, nn.MaxPool2d, nn.AvgPool2d]
     assert [type(m) for m in in_layout(model, "nhwc").children()] == [nn.MaxPool2d, nn.MaxPool2d, nn.AvgPool2d]
     assert type(model[0]) is nn.MaxPool2d
