@@ -89,6 +89,23 @@ def open_storage(storage: str | Path | BaseStorage | None, heartbeat_s: int = 30
     return _sqlite(str(storage), heartbeat_s) if kind.startswith("sqlite") else _server(str(storage), heartbeat_s)
 
 
+def version(storage: BaseStorage) -> tuple[int, int] | None:
+    """What is another as soon as somebody else has written to an SQLite file; None of other storages.
+
+    Somebody else is whoever has another connection, in this process or in others. Asking takes a hundredth of what
+    reading trials takes.
+
+    Source: SQLite, PRAGMA data_version.
+    """
+    from optuna.storages import RDBStorage
+
+    if not isinstance(storage, RDBStorage) or storage.engine.dialect.name != "sqlite":
+        return None
+    with storage.engine.connect() as connection:
+        count = int(connection.exec_driver_sql("PRAGMA data_version").scalar_one())
+        return id(connection.connection.driver_connection), count  # each connection counts for itself
+
+
 def release(storage: BaseStorage) -> None:
     """Give connections to a database back; it can still be used, and opens new ones."""
     from optuna.storages import RDBStorage
@@ -134,7 +151,9 @@ def _sqlite(url: str, heartbeat_s: int) -> BaseStorage:
             raise ValueError(f"{path} is not an SQLite file; give another --storage, or remove it")
         # A heartbeat takes a thread and four statements per trial, a seventh of all that a trial takes.
         pulse = None if lockable(path.parent) else heartbeat_s
-    storage = _database(url, {"connect_args": {"timeout": _BUSY_TIMEOUT_S}}, pulse)
+    # Optuna ends every transaction itself: no connection has to be reset when it is given back.
+    options = {"connect_args": {"timeout": _BUSY_TIMEOUT_S}, "pool_reset_on_return": None}
+    storage = _database(url, options, pulse)
     if not file or file.startswith(":"):
         return storage
 

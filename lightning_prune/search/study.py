@@ -15,7 +15,7 @@ from lightning_prune.search.joining import ATTRIBUTE, facts, joined
 from lightning_prune.search.parameters import weight_names
 from lightning_prune.search.ranking import best_trial, front_trials, nearest_trial
 from lightning_prune.search.space import Candidate, SearchSpace
-from lightning_prune.search.storages import open_storage, reason, release
+from lightning_prune.search.storages import open_storage, reason, release, version
 from lightning_prune.search.trials import Run, Stopped
 from lightning_prune.search.workers import Worker
 
@@ -148,7 +148,7 @@ def minimise(
             _introduce(study, space, n_trials)
         dense = float(study.user_attrs[ATTRIBUTE]["dense_accuracy"])
         terms = Terms(n_trials, space.dense_cost, dense, float(max_drop))
-        run = Run(study, space, accuracy, terms, mode, worker, not foreign, on_trial)
+        run = Run(study, space, accuracy, terms, mode, worker, not foreign, on_trial, lambda: version(opened))
         stopped = run.until(timeout, progress, f"Search for the least {objective}")
         trials = study.get_trials(deepcopy=False)
     best = best_trial(trials, float(max_drop))
@@ -223,7 +223,7 @@ def front(
         _introduce(study, space, n_trials, tuple((i + 1) / population for i in range(population)))
         dense = float(study.user_attrs[ATTRIBUTE]["dense_accuracy"])
         terms = Terms(n_trials, space.dense_cost, dense, None)
-        run = Run(study, space, accuracy, terms, mode, worker, False, on_trial)
+        run = Run(study, space, accuracy, terms, mode, worker, False, on_trial, lambda: version(opened))
         stopped = run.until(timeout, progress, f"Search for the front of {objective} and {metric}")
         trials = study.get_trials(deepcopy=False)
     return Outcome(None, None, front_trials(trials), run.evaluations(trials), stopped, study)

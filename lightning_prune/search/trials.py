@@ -57,6 +57,7 @@ class Run:
         worker: this one.
         moves: see `suggested`.
         on_trial: is called after each trial.
+        version: of what the storage holds, another one as soon as another worker writes; None where that is not known.
     """
 
     def __init__(
@@ -69,11 +70,13 @@ class Run:
         worker: Worker,
         moves: bool,
         on_trial: Callable[[Study, FrozenTrial], None] | None,
+        version: Callable[[], object] = lambda: None,
     ) -> None:
         self.study, self.space, self.accuracy, self.terms = study, space, accuracy, terms
-        self.mode, self.worker, self.moves, self.on_trial = mode, worker, moves, on_trial
+        self.mode, self.worker, self.moves, self.on_trial, self.version = mode, worker, moves, on_trial, version
         self._interrupts = Interrupts()
         self._number = -1
+        self._known: tuple[object, Sequence[FrozenTrial]] = (None, ())
         self._idle = 0
         self._collisions = 0
         self._own_error = False
@@ -90,7 +93,7 @@ class Run:
         self._ends_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
         with _bar(progress, title, self.terms) as self._show, self._interrupts, _heard(self.study, self._stop):
             try:
-                self._go_on(retry_dead(self.study, self.worker, orphans=True))
+                self._go_on(self._read(orphans=True))
                 while self._stopped is None:
                     self._number = -1
                     self._stop.asked()
@@ -103,7 +106,7 @@ class Run:
                         if self._own_error or not self._taken_away():
                             raise
                         self._interrupts.check()
-                        self._go_on(retry_dead(self.study, self.worker))
+                        self._go_on(self._read())
                     else:
                         self._after()
                 self._interrupts.check()
@@ -158,12 +161,25 @@ class Run:
     def _decided(self, trial: Trial, candidate: Candidate) -> Verdict:
         deadline_s = time.monotonic() + _DECIDING_S
         while True:
-            trials = self.study.get_trials(deepcopy=False)
-            self._require_own(trials[trial.number])
-            found = verdict(trial.number, candidate.choices, candidate.cost, trials, self.terms)
+            found = verdict(trial.number, candidate.choices, candidate.cost, self._trials(trial), self.terms)
             if not found.waits or time.monotonic() > deadline_s:
                 return found
             time.sleep(0.005)
+
+    def _read(self, orphans: bool = False) -> Sequence[FrozenTrial]:
+        """All trials, after those of workers that have ended were queued again."""
+        version = self.version()
+        self._known = version, retry_dead(self.study, self.worker, orphans=orphans)
+        return self._known[1]
+
+    def _trials(self, own: Trial) -> Sequence[FrozenTrial]:
+        """All trials but maybe this one, as they are now: read again unless nobody else has written since they were."""
+        version, trials = self._known
+        if version is not None and version == self.version():
+            return trials
+        trials = self.study.get_trials(deepcopy=False)
+        self._require_own(trials[own.number])
+        return trials
 
     def _require_own(self, trial: FrozenTrial) -> None:
         """Leave a trial that another worker runs: without row locks, as in SQLite, two may take one off the queue."""
@@ -211,7 +227,7 @@ class Run:
         from optuna.trial import TrialState
 
         self._ending = self._ending or self._stop.asked()
-        trials, read_s = retry_dead(self.study, self.worker), time.monotonic()
+        trials, read_s = self._read(), time.monotonic()
         self._stop.asked()  # samplers are told of the ends of dead workers' trials, which end nothing here
         if self.on_trial is not None:
             self.on_trial(self.study, trials[self._number])
@@ -222,7 +238,7 @@ class Run:
         if self._collisions:
             time.sleep(min(1.0, 0.02 * 2 ** min(self._collisions, 6)))
         if time.monotonic() - read_s > _STALE_S:
-            trials = retry_dead(self.study, self.worker)
+            trials = self._read()
         self._go_on(trials)
 
     def _go_on(self, trials: Sequence[FrozenTrial]) -> None:
@@ -261,7 +277,7 @@ class Run:
             time.sleep(pause_s)
             pause_s = min(1.0, 1.5 * pause_s)
             fail_stale_trials(self.study)
-            trials = retry_dead(self.study, self.worker)
+            trials = self._read()
 
     def _taken_away(self) -> bool:
         trials = self.study.get_trials(deepcopy=False)

@@ -23,7 +23,7 @@ from lightning_prune.search import study as study_module
 from lightning_prune.search.claims import accuracy_of, dropped
 from lightning_prune.search.sampler import ThresholdSampler
 from lightning_prune.search.space import Candidate, SearchSpace
-from lightning_prune.search.storages import open_storage, release, shown
+from lightning_prune.search.storages import open_storage, release, shown, version
 from lightning_prune.search.study import Outcome, front, minimise
 from tests.search.analytic import Network, space
 
@@ -541,6 +541,56 @@ def test_storages_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         assert file is None or (tmp_path / file).is_file()
     own = optuna.storages.InMemoryStorage()
     assert open_storage(own) is own
+
+
+def test_what_others_write_changes_the_version(tmp_path: Path) -> None:
+    one, other = open_storage(tmp_path / "study.db"), open_storage(tmp_path / "study.db")
+    study = optuna.create_study(storage=one, study_name="mine")
+    before = version(one)
+    assert before is not None
+    assert version(one) == before
+    study.set_user_attr("by", "itself")
+    study.ask().set_user_attr("by", "itself")
+    assert version(one) == before
+    optuna.load_study(storage=other, study_name="mine").set_user_attr("by", "another")
+    assert version(one) != before
+    assert version(one) == version(one)
+    release(one)
+    release(other)
+    for storage in (open_storage(None), open_storage(tmp_path / "study.journal")):
+        assert version(storage) is None
+
+
+def test_trials_are_read_once_a_trial_unless_others_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of, reads, counts = space(items=3, levels=6), [0], [0]
+    get_trials = optuna.Study.get_trials
+
+    def counted(self: Any, *args: Any, **options: Any) -> Any:
+        reads[0] += 1
+        return get_trials(self, *args, **options)
+
+    def ended(study: Any, trial: Any) -> None:
+        counts.append(reads[0])
+        if len(counts) == 4:
+            other = open_storage(tmp_path / "study.db")
+            optuna.load_study(storage=other, study_name="mine").set_user_attr("by", "another")
+            release(other)
+
+    monkeypatch.setattr(optuna.Study, "get_trials", counted)
+    monkeypatch.setattr("lightning_prune.search.trials._STALE_S", math.inf)
+    search(
+        of,
+        Network(of),
+        n_trials=7,
+        sampler=optuna.samplers.RandomSampler(seed=0),
+        storage=tmp_path / "study.db",
+        study_name="mine",
+        on_trial=ended,
+    )
+    assert len(counts) > 6
+    assert set(np.diff(counts[1:4])) == {1}
+    assert counts[4] == counts[3] + 2
+    assert set(np.diff(counts[4:])) == {1}
 
 
 @pytest.mark.parametrize(
