@@ -212,6 +212,13 @@ def test_what_grew_says_so(tmp_path: Path) -> None:
     assert ["measured latency, ms", "2", "4", "2.00x more"] in rows
 
 
+def test_milliseconds_that_disagree_are_explained(tmp_path: Path) -> None:
+    result().save(tmp_path / "search_result.json")
+    assert "this machine was slower" not in report(tmp_path).read_text()
+    result(dense_measured_latency_s=3e-3).save(tmp_path / "search_result.json")
+    assert "took 1.58 times its estimate: this machine was slower" in report(tmp_path).read_text()
+
+
 def sections(path: Path) -> list[str]:
     return re.findall(r"<h2>(.*?)</h2>", path.read_text())
 

@@ -309,4 +309,6 @@ def _say_result(out: Console, result: SearchResult, folder: Path) -> None:
             f"{result.speedup:.2f}x measured, {result.dense_latency_s / result.latency_s:.2f}x estimated; "
             f"{result.sparsity:.1%} of the weights removed in {result.evaluations} evaluations",
         )
+        if result.disagreement:
+            say(out, result.disagreement)
     say(out, f"written: {folder}/search_result.json, plan.yaml, recipe.yaml, trials.json, report.html")

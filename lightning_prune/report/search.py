@@ -259,3 +259,5 @@ def _add_estimate(page: Page, result: SearchResult) -> None:
         "; ".join(off),
     )
     page.text("; ".join(off) + ".")
+    if result.disagreement:
+        page.text(result.disagreement)

@@ -20,6 +20,9 @@ _SCHEMA = "lightning-prune/search-result/1"
 
 _FLOAT32 = 2.0**-23
 
+_APART = 1.2
+"""Times by which the dense network's measured time may differ from its estimate without a word."""
+
 
 def drop_of(value: float, dense: float, mode: str, max_drop: float | None) -> float:
     """By how much a metric fell short of the dense network's; negative where it is better.
@@ -145,6 +148,24 @@ class SearchResult:
     def speedup(self) -> float:
         """Dense seconds by pruned seconds, both executed; NaN if they were not."""
         return self.dense_measured_latency_s / self.measured_latency_s
+
+    @property
+    def disagreement(self) -> str | None:
+        """A sentence about measured milliseconds that are not those of the profile; None where there is nothing to say.
+
+        The dense network tells: its estimate is its own time during calibration.
+        """
+        factor = self.dense_measured_latency_s / self.dense_latency_s if self.dense_latency_s else math.nan
+        if not (math.isfinite(factor) and factor > 0) or abs(math.log(factor)) <= math.log(_APART):
+            return None
+        slower, other = "the winner was executed", "it was calibrated"
+        if factor < 1:
+            slower, other = other, slower
+        return (
+            f"The dense network took {factor:.2f} times its estimate: this machine was slower while {slower} than "
+            f"while {other}, by busy neighbours for example. The speedup holds, as both networks were timed in turn; "
+            "for milliseconds that hold calibrate again when the machine is quiet."
+        )
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, whole or not at all; what is not known is null."""

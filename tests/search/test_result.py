@@ -56,6 +56,23 @@ def result() -> SearchResult:
     )
 
 
+@pytest.mark.parametrize(
+    ("dense_s", "said"),
+    [
+        (3e-3, "took 1.50 times its estimate: this machine was slower while the winner was executed than while it was"),
+        (1e-3, "took 0.50 times its estimate: this machine was slower while it was calibrated than while the winner"),
+        (2.3e-3, None),
+        (1.7e-3, None),
+        (math.nan, None),
+        (0.0, None),
+    ],
+)
+def test_milliseconds_that_disagree_are_explained(dense_s: float, said: str | None) -> None:
+    sentence = replace(result(), dense_measured_latency_s=dense_s).disagreement
+    assert sentence is None if said is None else said in str(sentence)
+    assert replace(result(), dense_latency_s=math.nan, dense_measured_latency_s=dense_s).disagreement is None
+
+
 def test_saved_and_loaded_it_is_the_same_but_for_the_model(tmp_path: Path) -> None:
     path = tmp_path / "search_result.json"
     found = result()
