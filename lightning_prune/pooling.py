@@ -67,7 +67,7 @@ class _Step:
                 part = found.narrow(dim, first, end - first)
                 torch.maximum(part, beside, out=part)
             own = True
-        return found
+        return found if own else found.clone()  # whoever gets it may work in place
 
     def _every(self, x: Tensor, dim: int, start: int, count: int) -> Tensor:
         part = x.narrow(dim, start, (count - 1) * self.stride + 1)
