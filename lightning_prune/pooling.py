@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -93,5 +95,5 @@ def separate_pools(model: nn.Module) -> None:
             replace_module(model, module, SeparablePool(module))
 
 
-def _pair(number: int | tuple[int, ...]) -> tuple[int, int]:
-    return (number, number) if isinstance(number, int) else (number[0], number[1])
+def _pair(number: int | Sequence[int]) -> tuple[int, int]:
+    return (number, number) if isinstance(number, int) else (number[0], number[-1])

@@ -171,7 +171,9 @@ def test_watched_relus_stay() -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 9, 11), (1, 8, 6, 6), (3, 4, 8, 8), (16, 9, 9), (0, 8, 6, 6)], ids=str)
-@pytest.mark.parametrize("options", [{}, {"stride": 1, "padding": 1}, {"ceil_mode": True, "dilation": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"stride": [2]}, {"stride": 1, "padding": (1,)}, {"ceil_mode": True, "dilation": 2}], ids=str
+)
 def test_pooling_is_the_same(shape: tuple[int, ...], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pooling, "_FEWEST_NUMBERS", 0)
     pool = nn.MaxPool2d(3, **options)

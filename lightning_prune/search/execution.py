@@ -67,6 +67,7 @@ def executed(
     )
     machine = estimator.profile.machine
     details = {**result.details, "device": machine.device, "threads": machine.threads, "dtype": machine.dtype}
+    details["network_calibrated"] = "yes" if estimator.fixed_is_measured else "no"
     if machine.kind == "analytic" or not (len(plan) or result.bits):  # there is nothing to prove
         return replace(result, details={**details, "layers": layer_details(network)})
     run = network if twin is None else twin

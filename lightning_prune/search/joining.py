@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ATTRIBUTE = "lightning_prune"
 """Of the study: what it is about."""
 
-SCHEMA = "lightning-prune/study/3"
+SCHEMA = "lightning-prune/study/4"
 """Of what a study and its trials say about themselves."""
 
 _WHAT = {

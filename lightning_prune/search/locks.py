@@ -9,7 +9,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 try:
     import fcntl
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
 __all__ = ["Locks", "lockable"]
+
+_NO_LOCKS = "this system has no flock"
 
 _TOKEN = re.compile(r"[0-9a-f]{12}")
 
@@ -35,7 +37,7 @@ class Locks:
     """
 
     def __init__(self, database: Path) -> None:
-        self.database = database.absolute()
+        self.database = database.resolve()  # the same file under another name has the same locks
 
     @classmethod
     def beside(cls, storage: BaseStorage) -> Locks | None:
@@ -44,8 +46,9 @@ class Locks:
 
         if not isinstance(storage, RDBStorage) or storage.engine.dialect.name != "sqlite":
             return None
-        file = storage.engine.url.database
-        return None if not file or file.startswith((":", "file:")) else cls(Path(file))
+        with storage.engine.connect() as connection:  # which knows the file, wherever the process has gone since
+            file = connection.exec_driver_sql("PRAGMA database_list").all()[0][2]
+        return cls(Path(file)) if file else None
 
     @contextlib.contextmanager
     def held(self, token: str) -> Iterator[bool]:
@@ -59,9 +62,11 @@ class Locks:
         """
         for path in self.database.parent.glob(f"{glob.escape(self.database.name)}-worker-*"):
             self.free(path.name.rpartition("-")[2])
-        path = self._path(token)
+        path, holder = self._path(token), os.getpid()
         with contextlib.ExitStack() as stack:
             try:
+                if fcntl is None:
+                    raise OSError(_NO_LOCKS)
                 while True:
                     file = stack.enter_context(path.open("wb"))
                     _lock(file.fileno(), wait=True)
@@ -77,7 +82,8 @@ class Locks:
             try:
                 yield True
             finally:
-                path.unlink(missing_ok=True)
+                if os.getpid() == holder:  # a child that was forked leaves it to its parent
+                    path.unlink(missing_ok=True)
 
     def free(self, token: object) -> bool:
         """Whether the worker that held the lock of this token has ended; False where that cannot be known."""
@@ -85,9 +91,10 @@ class Locks:
             return False
         path = self._path(token)
         try:
-            with path.open("rb") as file:
+            with _opened(path) as file:
                 _lock(file.fileno())
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink()
         except FileNotFoundError:
             return True
         except OSError:
@@ -108,6 +115,14 @@ def lockable(folder: Path) -> bool:
     return True
 
 
+def _opened(path: Path) -> BinaryIO:
+    """A file, for writing if that is allowed: over NFS others cannot be locked."""
+    try:
+        return path.open("r+b")
+    except PermissionError:
+        return path.open("rb")
+
+
 def _lock(descriptor: int, wait: bool = False) -> None:
     """Lock an open file; others' locks are waited for, or an error.
 
@@ -115,5 +130,5 @@ def _lock(descriptor: int, wait: bool = False) -> None:
         OSError: another has it, or the system or file system has no such locks.
     """
     if fcntl is None:
-        raise OSError("this system has no flock")
+        raise OSError(_NO_LOCKS)
     fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

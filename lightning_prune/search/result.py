@@ -153,18 +153,19 @@ class SearchResult:
     def disagreement(self) -> str | None:
         """A sentence about measured milliseconds that are not those of the profile; None where there is nothing to say.
 
-        The dense network tells: its estimate is its own time during calibration.
+        The dense network tells, where it was calibrated: its estimate is its own time then.
         """
         factor = self.dense_measured_latency_s / self.dense_latency_s if self.dense_latency_s else math.nan
-        if not (math.isfinite(factor) and factor > 0) or abs(math.log(factor)) <= math.log(_APART):
+        known = self.details.get("network_calibrated") == "yes" and math.isfinite(factor) and factor > 0
+        if not known or abs(math.log(factor)) <= math.log(_APART):
             return None
         slower, other = "the winner was executed", "it was calibrated"
         if factor < 1:
             slower, other = other, slower
         return (
-            f"The dense network took {factor:.2f} times its estimate: this machine was slower while {slower} than "
-            f"while {other}, by busy neighbours for example. The speedup holds, as both networks were timed in turn; "
-            "for milliseconds that hold calibrate again when the machine is quiet."
+            f"The dense network took {factor:.2f} times its estimate: this machine was probably slower while {slower} "
+            f"than while {other}, because of neighbours for example. The speedup holds, as both networks were timed in "
+            "turn; for milliseconds that hold calibrate again when the machine is quiet."
         )
 
     def save(self, path: str | Path) -> None:

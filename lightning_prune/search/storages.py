@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import random
 import re
+import sqlite3
 import time
 import warnings
 from pathlib import Path
@@ -92,7 +94,7 @@ def open_storage(storage: str | Path | BaseStorage | None, heartbeat_s: int = 30
 def version(storage: BaseStorage) -> tuple[int, int] | None:
     """What is another as soon as somebody else has written to an SQLite file; None of other storages.
 
-    Somebody else is whoever has another connection, in this process or in others. Asking takes a hundredth of what
+    Somebody else is whoever has another storage object, in this process or in others. Asking takes a hundredth of what
     reading trials takes.
 
     Source: SQLite, PRAGMA data_version.
@@ -144,6 +146,7 @@ def _sqlite(url: str, heartbeat_s: int) -> BaseStorage:
 
     file = url.partition("://")[2].partition("?")[0][1:]
     pulse: int | None = heartbeat_s
+    ahead = False
     if file and not file.startswith(":") and not file.startswith("file:"):
         path = _made(Path(file))
         url = url.replace(f"/{file}", f"/{path}", 1)
@@ -151,21 +154,29 @@ def _sqlite(url: str, heartbeat_s: int) -> BaseStorage:
             raise ValueError(f"{path} is not an SQLite file; give another --storage, or remove it")
         # A heartbeat takes a thread and four statements per trial, a seventh of all that a trial takes.
         pulse = None if lockable(path.parent) else heartbeat_s
-    # Optuna ends every transaction itself: no connection has to be reset when it is given back.
-    options = {"connect_args": {"timeout": _BUSY_TIMEOUT_S}, "pool_reset_on_return": None}
-    storage = _database(url, options, pulse)
-    if not file or file.startswith(":"):
-        return storage
+        ahead = _writes_ahead(path)
+    options: dict[str, Any] = {"connect_args": {"timeout": _BUSY_TIMEOUT_S}}
+    if not ahead:
+        return _database(url, options, pulse)
+    # In this mode no commit fails half way, so that connections need not be reset when they are given back.
+    storage = _database(url, {**options, "pool_reset_on_return": None}, pulse)
 
-    # Killed processes lose nothing in this mode, and a power cut only the last trials; the disk is not waited for 20
-    # times a trial.
+    # Killed processes lose nothing, and a power cut only the last trials; the disk is not waited for 20 times a trial.
     def fast(connection: Any, _: Any) -> None:
-        connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
 
     storage.engine.dispose()
     event.listen(storage.engine, "connect", fast)
     return storage
+
+
+def _writes_ahead(path: Path) -> bool:
+    """Let an SQLite file keep a write-ahead log, from now on; whether it does. Some file systems do not allow it."""
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S)) as connection:
+            return bool(connection.execute("PRAGMA journal_mode = WAL").fetchone() == ("wal",))
+    except sqlite3.Error:  # whoever opens it next says why
+        return False
 
 
 def _server(url: str, heartbeat_s: int) -> BaseStorage:

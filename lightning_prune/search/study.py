@@ -148,7 +148,8 @@ def minimise(
             _introduce(study, space, n_trials)
         dense = float(study.user_attrs[ATTRIBUTE]["dense_accuracy"])
         terms = Terms(n_trials, space.dense_cost, dense, float(max_drop))
-        run = Run(study, space, accuracy, terms, mode, worker, not foreign, on_trial, lambda: version(opened))
+        others = _watched(opened, storage)
+        run = Run(study, space, accuracy, terms, mode, worker, not foreign, on_trial, others)
         stopped = run.until(timeout, progress, f"Search for the least {objective}")
         trials = study.get_trials(deepcopy=False)
     best = best_trial(trials, float(max_drop))
@@ -223,7 +224,8 @@ def front(
         _introduce(study, space, n_trials, tuple((i + 1) / population for i in range(population)))
         dense = float(study.user_attrs[ATTRIBUTE]["dense_accuracy"])
         terms = Terms(n_trials, space.dense_cost, dense, None)
-        run = Run(study, space, accuracy, terms, mode, worker, False, on_trial, lambda: version(opened))
+        others = _watched(opened, storage)
+        run = Run(study, space, accuracy, terms, mode, worker, False, on_trial, others)
         stopped = run.until(timeout, progress, f"Search for the front of {objective} and {metric}")
         trials = study.get_trials(deepcopy=False)
     return Outcome(None, None, front_trials(trials), run.evaluations(trials), stopped, study)
@@ -282,6 +284,11 @@ def _opened(storage: str | Path | BaseStorage | None) -> Iterator[BaseStorage]:
     finally:
         if opened is not storage:
             release(opened)
+
+
+def _watched(opened: BaseStorage, storage: str | Path | BaseStorage | None) -> Callable[[], object]:
+    """What changes when others write; other threads may share a storage object that was given, which does not tell."""
+    return (lambda: None) if opened is storage else lambda: version(opened)
 
 
 @contextlib.contextmanager

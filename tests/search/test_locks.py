@@ -115,8 +115,49 @@ def test_which_storages_have_locks(tmp_path: Path) -> None:
     file = open_storage(tmp_path / "study.db")
     found = Locks.beside(file)
     assert found is not None
-    assert found.database == tmp_path / "study.db"
+    assert found.database == (tmp_path / "study.db").resolve()
     release(file)
     for storage in (open_storage(None), open_storage(tmp_path / "a.journal"), open_storage("sqlite:///:memory:")):
         assert Locks.beside(storage) is None
         release(storage)
+
+
+def test_one_file_has_the_same_locks_under_all_its_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real", target_is_directory=True)
+    monkeypatch.chdir(tmp_path / "real")
+    own = optuna.storages.RDBStorage("sqlite:///study.db")
+    monkeypatch.chdir(tmp_path)  # as Hydra does
+    linked = open_storage(tmp_path / "link" / "study.db")
+    found = [Locks.beside(storage) for storage in (own, linked)]
+    assert [None if each is None else each.database for each in found] == [
+        (tmp_path / "real" / "study.db").resolve()
+    ] * 2
+    release(own)
+    release(linked)
+
+
+def test_a_forked_child_leaves_its_parents_lock_alone(tmp_path: Path) -> None:
+    here = Locks(tmp_path / "study.db")
+    with pytest.MonkeyPatch.context() as patch, here.held(ONE):
+        patch.setattr(os, "getpid", lambda: -1)  # a child that leaves by `sys.exit` ends the `with` as well
+    assert (tmp_path / f"study.db-worker-{ONE}").exists()
+
+
+def test_what_may_only_be_read_is_tested_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, open_as_is = Locks(tmp_path / "study.db"), Path.open
+
+    def refuse(self: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+        if mode == "r+b":
+            raise PermissionError(13, os.strerror(13))
+        return open_as_is(self, mode, *args, **options)
+
+    def keep(self: Path, *args: Any, **options: Any) -> None:
+        raise PermissionError(1, os.strerror(1))
+
+    with here.held(ONE):
+        monkeypatch.setattr(Path, "open", refuse)
+        assert not here.free(ONE)
+    (tmp_path / f"study.db-worker-{ONE}").touch()
+    monkeypatch.setattr(Path, "unlink", keep)
+    assert here.free(ONE)

@@ -59,8 +59,11 @@ def result() -> SearchResult:
 @pytest.mark.parametrize(
     ("dense_s", "said"),
     [
-        (3e-3, "took 1.50 times its estimate: this machine was slower while the winner was executed than while it was"),
-        (1e-3, "took 0.50 times its estimate: this machine was slower while it was calibrated than while the winner"),
+        (
+            3e-3,
+            "took 1.50 times its estimate: this machine was probably slower while the winner was executed than while",
+        ),
+        (1e-3, "took 0.50 times its estimate: this machine was probably slower while it was calibrated than while the"),
         (2.3e-3, None),
         (1.7e-3, None),
         (math.nan, None),
@@ -68,9 +71,12 @@ def result() -> SearchResult:
     ],
 )
 def test_milliseconds_that_disagree_are_explained(dense_s: float, said: str | None) -> None:
-    sentence = replace(result(), dense_measured_latency_s=dense_s).disagreement
+    known = replace(result(), details={"network_calibrated": "yes"})
+    sentence = replace(known, dense_measured_latency_s=dense_s).disagreement
     assert sentence is None if said is None else said in str(sentence)
-    assert replace(result(), dense_latency_s=math.nan, dense_measured_latency_s=dense_s).disagreement is None
+    assert replace(known, dense_latency_s=math.nan, dense_measured_latency_s=dense_s).disagreement is None
+    unknown = replace(result(), details={"network_calibrated": "no"}, dense_measured_latency_s=dense_s)
+    assert unknown.disagreement is None
 
 
 def test_saved_and_loaded_it_is_the_same_but_for_the_model(tmp_path: Path) -> None:

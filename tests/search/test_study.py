@@ -561,6 +561,13 @@ def test_what_others_write_changes_the_version(tmp_path: Path) -> None:
         assert version(storage) is None
 
 
+def test_a_storage_object_that_others_may_share_is_always_read(tmp_path: Path) -> None:
+    opened = open_storage(tmp_path / "study.db")
+    assert study_module._watched(opened, opened)() is None
+    assert study_module._watched(opened, "study.db")() == version(opened)
+    release(opened)
+
+
 def test_trials_are_read_once_a_trial_unless_others_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     of, reads, counts = space(items=3, levels=6), [0], [0]
     get_trials = optuna.Study.get_trials
