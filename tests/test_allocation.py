@@ -100,7 +100,7 @@ def whole_problems(draw: st.DrawFn) -> tuple[Floats, Floats, Floats, float]:
     return errors, times, scale, least + draw(st.integers(0, 15))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(whole_problems())
 def test_exact_equals_enumeration_over_whole_numbers(problem: tuple[Floats, Floats, Floats, float]) -> None:
     errors, times, scale, budget = problem
@@ -199,7 +199,7 @@ def test_a_budget_that_a_plan_just_meets_admits_that_plan(seed: int) -> None:
     assert allocator.allocate(allocator.least_time).time == allocator.least_time
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     arrays.arrays(np.float64, (7, 6), elements=st.floats(-5, 5, width=32)),
     arrays.arrays(np.float64, (7, 6), elements=st.floats(0, 3, width=32)),
@@ -450,7 +450,7 @@ def test_erk_by_hand() -> None:
     assert erk(table, 0.8, NM(2, 4)).granularity("mid") == NM(2, 4)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.lists(st.integers(1, 40), min_size=0, max_size=4).map(tuple), min_size=1, max_size=8),
     st.floats(0, 1),
@@ -528,7 +528,7 @@ def lamp_reference(weight: Floats) -> Floats:
     return np.array([s / square[square >= s].sum() for s in square])
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.floats(0, 1), st.integers(0, 99))
 def test_lamp_removes_the_globally_lowest_of_its_scores(sizes: list[int], sparsity: float, seed: int) -> None:
     rng = np.random.default_rng(seed)

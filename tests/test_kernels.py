@@ -63,13 +63,11 @@ class TestWorkload:
         with pytest.raises(ValueError, match=message):
             Workload(**{**fields, **changes})
 
-    @settings(deadline=None)
     @given(data=st.data())
     def test_names_are_unique(self, data: st.DataObject) -> None:
         one, other = data.draw(small_workloads()), data.draw(small_workloads())
         assert (str(one) == str(other)) == (one == other)
 
-    @settings(deadline=None)
     @given(data=st.data())
     def test_survives_json(self, data: st.DataObject) -> None:
         work = data.draw(small_workloads())
@@ -88,7 +86,7 @@ class TestWorkload:
         with pytest.raises(ValueError, match=f"not a layer call: {re.escape(repr(data))}"):
             Workload.from_dict(data)
 
-    @settings(deadline=None, max_examples=50)
+    @settings(max_examples=50)
     @given(data=st.data())
     def test_counts_are_those_of_the_layer(self, data: st.DataObject) -> None:
         work = data.draw(real_workloads())
@@ -203,7 +201,7 @@ def real_workloads(draw: Any) -> Workload:
 
 
 class TestMeasuredOccupancy:
-    @settings(deadline=None, max_examples=60)
+    @settings(max_examples=60)
     @given(data=st.data())
     def test_counts(self, data: st.DataObject) -> None:
         groups, out, inputs = (data.draw(st.integers(1, high)) for high in (3, 4, 5))

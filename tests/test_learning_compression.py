@@ -91,7 +91,7 @@ def test_theta_is_the_nearest_network_of_the_plan(granularity: Any, share: float
 
 
 @given(st.lists(st.integers(-8, 8), min_size=8, max_size=8, unique_by=abs), st.sampled_from([2, 4]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_c_step_is_a_projection(values: list[int], columns: int) -> None:
     """Of all networks with half of the filters, none is nearer: found by trying them all."""
     layer = nn.Linear(columns, 8 // columns, bias=False)

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_prune import Epochs, Steps
@@ -155,7 +155,6 @@ def test_an_interval_longer_than_the_window() -> None:
     assert [Window(2, 5, 99).progress(position) for position in range(7)] == [None, None, 0.0, 0.0, 0.0, 1.0, 1.0]
 
 
-@settings(deadline=None)
 @given(begin=st.integers(0, 50), length=st.integers(1, 200), every=st.integers(1, 300))
 def test_progress_rises_from_nothing_to_exactly_one(begin: int, length: int, every: int) -> None:
     placed = Window(begin, begin + length, every)
@@ -177,7 +176,6 @@ MOMENTS = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(begin=MOMENTS, end=MOMENTS, every=st.none() | MOMENTS, epochs=st.integers(1, 10), per_epoch=st.integers(1, 12))
 def test_a_window_ends_within_training_or_is_refused(
     begin: Moment, end: Moment, every: Moment | None, epochs: int, per_epoch: int

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -275,7 +275,6 @@ class TestFiles:
         assert SparsityPlan.load(str(path)).granularity("conv*") == granularity
         assert list(SparsityPlan.load(path)) == list(plan)  # of patterns the last wins, so their order is kept
 
-    @settings(deadline=None)
     @given(entries=st.dictionaries(NAMES, ENTRIES, max_size=5))
     def test_round_trip_of_any_plan(self, entries: dict[str, PlanEntry], tmp_path_factory: Any) -> None:
         path = tmp_path_factory.getbasetemp() / "any.yaml"

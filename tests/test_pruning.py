@@ -63,7 +63,7 @@ def test_every_criterion_during_fit(criterion: Any) -> None:
 
 
 @given(begin=st.integers(0, 20), length=st.integers(1, 12), every=st.integers(1, 40))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 def test_window_is_kept(begin: int, length: int, every: int) -> None:
     watch = sparsity_per_step()
     fit([Pruning(0.5, Linear(), begin=Steps(begin), end=Steps(begin + length), every=Steps(every)), watch])

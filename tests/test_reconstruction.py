@@ -54,7 +54,7 @@ def by_numpy(w: Tensor, mask: Tensor, gram: Tensor, damping: float) -> np.ndarra
     return found
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     out=st.integers(1, 6),
     n=st.integers(1, 17),

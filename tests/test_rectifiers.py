@@ -190,7 +190,7 @@ def test_pooling_is_the_same(shape: tuple[int, ...], options: dict[str, Any], mo
         assert torch.equal(model(lying).nan_to_num(9), expected.nan_to_num(9))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_pooling_of_any_window_is_the_same(data: st.DataObject) -> None:
     def pair(least: int, most: int) -> tuple[int, int]:

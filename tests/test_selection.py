@@ -63,7 +63,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
     return LAYOUTS[layout](flat.reshape(shape).to(draw(st.sampled_from(DTYPES))))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(scores=st.lists(tensors(), max_size=4), share=st.floats(0, 1), block=st.sampled_from([1, 3, 16, 1 << 17]))
 def test_agrees_with_a_stable_sort(scores: list[Tensor], share: float, block: int) -> None:
     total = sum(score.numel() for score in scores)
@@ -71,7 +71,7 @@ def test_agrees_with_a_stable_sort(scores: list[Tensor], share: float, block: in
         check(scores, round(share * total))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
     seed=st.integers(0, 2**32 - 1),
     sizes=st.lists(st.integers(0, 4000), min_size=1, max_size=5),
@@ -346,7 +346,7 @@ def matrices(draw: st.DrawFn) -> Tensor:
     return matrix.reshape(n, rows).t() if draw(st.booleans()) else matrix.reshape(rows, n)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(scores=matrices(), share=st.floats(0, 1), block=st.sampled_from([1, 30, 1 << 17]))
 def test_rows_agree_with_a_stable_sort(scores: Tensor, share: float, block: int) -> None:
     rows, n = scores.shape

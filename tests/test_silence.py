@@ -139,7 +139,7 @@ def convolutions(draw: Any) -> tuple[nn.Sequential, Tensor]:
     return model, torch.randn(2, 3, 33, 31).double()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=convolutions())
 def test_convolutions(case: tuple[nn.Sequential, Tensor]) -> None:
     model, x = case
@@ -150,7 +150,7 @@ def test_convolutions(case: tuple[nn.Sequential, Tensor]) -> None:
     assert_same(model, done, torch.randn(3, 33, 31).double().unsqueeze(0))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**20), share=st.sampled_from([0.2, 0.5, 0.9]))
 def test_residual_networks(seed: int, share: float) -> None:
     model, x = residual()

@@ -172,7 +172,7 @@ def runs(kernel: LayerKernel, layer: Layer, x: Tensor) -> bool:
 
 @every
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_result_is_the_layers(kernel: LayerKernel, data: st.DataObject) -> None:
     case = data.draw(cases(getattr(kernel, "size", 1)))

@@ -132,7 +132,7 @@ def test_resumes_bit_for_bit(criterion: Criterion, granularity: Granularity) -> 
 
 
 @pytest.mark.parametrize(("granularity", "scope"), COMBINATIONS, ids=str)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(data=st.data())
 def test_masks_equal_the_reference(granularity: Granularity, scope: Scope, data: st.DataObject) -> None:
     shapes = {"0.weight": (4, 4, 2, 2), "1.weight": (2, 8, 1, 2)}

@@ -57,7 +57,7 @@ def whole(draw: Any) -> tuple[nn.Linear | nn.Conv2d, Tensor, int, str]:
     return layer, torch.from_numpy(x - zero).float(), zero, draw(st.sampled_from(["nchw", "nhwc"]))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(case=whole())
 def test_sums_are_those_of_whole_numbers(case: tuple[nn.Linear | nn.Conv2d, Tensor, int, str]) -> None:
     layer, x, zero, layout = case
@@ -70,7 +70,7 @@ def test_sums_are_those_of_whole_numbers(case: tuple[nn.Linear | nn.Conv2d, Tens
     assert (y.double() - expected).abs().max() <= 2.0**-23 * expected.abs().max()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(case=whole(), step=st.sampled_from([0.5, 0.03]))
 def test_steps_scale_the_sums(case: tuple[nn.Linear | nn.Conv2d, Tensor, int, str], step: float) -> None:
     layer, x, zero, layout = case

@@ -93,7 +93,7 @@ def ways(draw: Any, work: Workload) -> Settings:
     )
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(data=st.data())
 def test_all_ways_give_the_same(data: st.DataObject) -> None:
     layer, x = data.draw(layers())
@@ -107,7 +107,7 @@ def test_all_ways_give_the_same(data: st.DataObject) -> None:
     assert bool(getattr(y, "rectified", False)) == relu
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(case=layers(), count=st.integers(2, 4))
 def test_threads_change_nothing(case: tuple[nn.Linear | nn.Conv2d, Tensor], count: int) -> None:
     layer, x = case
@@ -254,7 +254,7 @@ class TestVisits:
         assert self.visits(mask) == pytest.approx(0.35 * (0.15 + 0.85 / 4) * self.guessed(mask), rel=1e-6)
 
     @given(density=st.floats(0.0, 1.0), rows=st.floats(0.0, 1.0), columns=st.floats(0.0, 1.0), seed=st.integers(0, 99))
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     def test_never_more_than_guessed_nor_nothing(self, density: float, rows: float, columns: float, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         mask = torch.rand(32, 24, generator=generator) < density

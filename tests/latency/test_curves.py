@@ -37,7 +37,7 @@ def reference(values: Tensor, sparsity: float, living: float) -> float:
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("living", [1, len(LIVING_KNOTS)])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**20))
 def test_equal_interpolation(dtype: torch.dtype, living: int, seed: int) -> None:
     values = falling(2, 3, living, seed)

@@ -29,7 +29,7 @@ def matern(a: list[float], b: list[float], scales: Scales) -> float:
 
 
 class TestGaussianProcess:
-    @settings(max_examples=20, deadline=None)
+    @settings(max_examples=20)
     @given(seed=st.integers(0, 2**20), dims=st.integers(1, 4), count=st.integers(1, 12))
     def test_equals_the_dense_formula(self, seed: int, dims: int, count: int) -> None:
         random = np.random.default_rng(seed)
@@ -104,7 +104,7 @@ class TestFittedCost:
         truth = [self.kernel.true_s(new, s) for s in (0.1, 0.7)]
         assert self.estimates(cost, new, (0.1, 0.7)) == pytest.approx(truth, rel=1e-3)
 
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=15)
     @given(seed=st.integers(0, 2**20))
     def test_coefficients_are_never_negative(self, seed: int) -> None:
         random = np.random.default_rng(seed)

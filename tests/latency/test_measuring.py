@@ -206,7 +206,7 @@ class TestVariants:
 
 
 class TestSpread:
-    @settings(max_examples=30, deadline=None)
+    @settings(max_examples=30)
     @given(count=st.integers(0, 40), seed=st.integers(0, 1000))
     def test_shapes_are_new_and_near(self, count: int, seed: int) -> None:
         works = (CONV, DEPTHWISE, LINEAR)

@@ -80,7 +80,7 @@ def test_handicaps_count(monkeypatch: pytest.MonkeyPatch, ratio: float, winner: 
     assert outcome(monkeypatch, Machine({"dense": 1.0, "sparse": ratio}), {"dense": 0.98}) == winner
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     seconds=st.lists(st.floats(0.1, 10.0), min_size=1, max_size=5),
     slow=st.lists(st.floats(1.0, 5.0), min_size=36, max_size=36),

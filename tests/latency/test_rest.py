@@ -16,7 +16,7 @@ def loss(passes: tuple[tuple[float, float], ...], a: float, b: float) -> float:
     return float(np.mean([abs(a + (1 + b) * t - w) / w for t, w in passes])) + 1e-3 * b
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(passes=st.lists(st.tuples(st.just(0.0) | TIMES, TIMES), min_size=1, max_size=8).map(tuple))
 def test_no_other_line_is_nearer(passes: tuple[tuple[float, float], ...]) -> None:
     a, b = rest_of(passes)

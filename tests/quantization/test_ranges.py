@@ -39,7 +39,7 @@ def test_min_max() -> None:
     assert (low, high) == (everything.min().item(), everything.max().item())
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(sizes=st.lists(st.integers(1, 7), min_size=1, max_size=5), seed=st.integers(0, 99))
 def test_averages_weigh_examples_alike_however_they_are_batched(sizes: list[int], seed: int) -> None:
     x = torch.randn(sum(sizes), 3, 5, generator=torch.Generator().manual_seed(seed))
@@ -54,7 +54,7 @@ def test_momentum_follows() -> None:
     assert (low, high) == (-1.0, 5.0)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(share=st.sampled_from([0.5, 0.9, 0.99, 0.999, 1.0]), n=st.integers(1, 3000), seed=st.integers(0, 99))
 def test_percentile_clips_so_many(share: float, n: int, seed: int) -> None:
     x = torch.randn(n, generator=torch.Generator().manual_seed(seed))
@@ -94,7 +94,7 @@ def test_least_squares_of_activations_is_that_of_the_values_to_a_candidate() -> 
     assert high < 0.9 * x.max()
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(scales=st.lists(st.sampled_from([0.0, 1e-30, 1e-3, 1.0, 3.0, 1e4, 1e30]), min_size=1, max_size=6))
 def test_a_histogram_that_grew_is_one_that_knew(scales: list[float]) -> None:
     seen = [batch * scale for batch, scale in zip(batches(1, len(scales)), scales, strict=True)]

@@ -28,7 +28,7 @@ def same_bits(tensor: torch.Tensor, array: Any) -> bool:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("bits", WIDTHS)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(x=VALUES, share=st.floats(0.1, 1.0))
 def test_scale_zero_point_and_integers_are_those_of_numpy(bits: int, scheme: Scheme, x: Any, share: float) -> None:
     grid = Grid(bits, scheme)
@@ -52,7 +52,7 @@ def test_scale_zero_point_and_integers_are_those_of_numpy(bits: int, scheme: Sch
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("bits", WIDTHS)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(low=st.floats(-LIMIT, LIMIT, width=32), high=st.floats(-LIMIT, LIMIT, width=32))
 def test_zero_is_exactly_zero_and_a_second_time_changes_nothing(
     bits: int, scheme: Scheme, low: float, high: float

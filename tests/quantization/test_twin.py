@@ -135,7 +135,7 @@ def test_every_kind_of_layer(layer: nn.Module, shape: tuple[int, ...], per_chann
             assert scale[out].item() == pytest.approx((3 / (high - low)).item(), rel=1e-6)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     bits=st.sampled_from(WIDTHS),
     scheme=st.sampled_from(["asymmetric", "symmetric"]),

@@ -117,7 +117,7 @@ records = st.lists(st.tuples(st.floats(0.1, 3.0), drops, st.booleans()), max_siz
 
 
 @given(records)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_best_and_front_against_all_pairs(rows: list[tuple[float, float | None, bool]]) -> None:
     trials = tuple(
         TrialRecord(i, cost=cost, drop=drop, accuracy=None if drop is None else 0.9 - drop, evaluated=evaluated)

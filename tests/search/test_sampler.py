@@ -123,7 +123,7 @@ def test_a_space_too_large_to_be_looked_at_whole() -> None:
 # Parameters and back.
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10**6), items=st.integers(1, 5), choices=st.integers(2, 6), tables=st.integers(1, 2))
 def test_parameters_stand_for_the_plan_they_were_found_for(seed: int, items: int, choices: int, tables: int) -> None:
     rng = np.random.default_rng(seed)

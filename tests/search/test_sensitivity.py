@@ -228,7 +228,7 @@ def counted(batches: Any, stop_at: int, ran: list[int]) -> Any:
     return score
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(stop_at=st.integers(1, 30), every_s=st.sampled_from([0.0, 1e9]))
 def test_an_interrupted_run_goes_on_where_it_stopped(stop_at: int, every_s: float, tmp_path_factory: Any) -> None:
     path = tmp_path_factory.mktemp("partial") / "kept.json"

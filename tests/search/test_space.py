@@ -74,7 +74,7 @@ def test_a_free_plan_does_not_end_in_a_logarithm_of_zero() -> None:
     assert found.allocate(found.budget(1.0)) is not None
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_allocation_is_the_least_weighted_error_within_the_budget_of_any_table(data: st.DataObject) -> None:
     items, choices, tables = data.draw(st.tuples(st.integers(1, 4), st.integers(2, 4), st.integers(1, 3)))

@@ -75,7 +75,7 @@ def test_steps() -> None:
     assert sorted(round(share, 9) for share in shares) == [0.0, 0.3, 0.6, 0.9]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.integers(1, 200), st.floats(-3.0, 3.0)), min_size=1, max_size=8),
     st.floats(0.0, 1.0),
