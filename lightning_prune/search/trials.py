@@ -106,7 +106,8 @@ class Run:
                         if self._own_error or not self._taken_away():
                             raise
                         self._interrupts.check()
-                        self._go_on(self._read())
+                        # Optuna has failed it as this worker left it, also if who ran it had died: it is queued again.
+                        self._go_on(self._read(orphans=True))
                     else:
                         self._after()
                 self._interrupts.check()

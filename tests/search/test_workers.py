@@ -373,6 +373,27 @@ def test_a_trial_that_another_worker_took_off_the_queue_is_left_to_it(sign: tupl
     ends[0].join()
 
 
+def test_a_trial_taken_off_the_queue_by_a_worker_that_dies_is_queued_again() -> None:
+    """Both took it, and the other signed last and was killed: Optuna fails it when this one leaves it."""
+    storage = optuna.storages.InMemoryStorage()
+    taken: list[int] = []
+
+    class Racing(optuna.samplers.RandomSampler):
+        def sample_independent(self, study: Any, trial: Any, name: str, distribution: Any) -> Any:
+            if name == "budget" and not taken:
+                taken.append(trial.number)
+                mark = {**Worker.here().mark, "pid": 2**30, "token": "dead"}
+                storage.set_trial_user_attr(trial._trial_id, "worker", mark)
+            return super().sample_independent(study, trial, name, distribution)
+
+    of = space(items=3, levels=6)
+    study = optuna.create_study(storage=storage, sampler=Racing(seed=0))
+    run = Run(study, of, Network(of), Terms(4, of.dense_cost, 0.95, 1e-6), "max", Worker.here(), False, None)
+    assert run.until(None, False, "") == "finished"
+    assert study.trials[0].state == TrialState.FAIL
+    assert [t.user_attrs.get("retry_of") for t in study.trials].count(0) == 1
+
+
 def test_the_end_of_a_dead_workers_trial_stops_no_search() -> None:
     """Samplers are told of it, and one of a grid stops the study after the last point: which is queued again."""
     of = space(items=3, levels=6)
