@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_prune.kernel_report import KernelReport, LayerReport
-from lightning_prune.kernels import LAYOUTS, NCHW, Dense, LayerKernel, measured_occupancy
+from lightning_prune.kernels import CHWN, NCHW, Dense, LayerKernel, measured_occupancy
 from lightning_prune.latency.context import TimedLayer, timed_passes
 from lightning_prune.latency.estimator import MARGIN, LatencyEstimator
 from lightning_prune.latency.fitted import FittedCost
@@ -19,8 +19,7 @@ from lightning_prune.latency.passes import replaced
 from lightning_prune.latency.profile import DeviceProfile
 from lightning_prune.latency.race import race
 from lightning_prune.latency.timing import synchroniser
-from lightning_prune.preparation import Prepared, inputs_in_layout, placement
-from lightning_prune.tracing import call
+from lightning_prune.preparation import Prepared, inputs_in_layout, placement, run_in_layout
 
 _NEAR = 1.15
 """Kernels estimated to take at most this much longer than the best are timed beside it."""
@@ -37,7 +36,7 @@ class Candidate:
 
     def run(self, inputs: Any) -> Any:
         with torch.inference_mode():
-            return call(self.network, inputs_in_layout(inputs, self.layout))
+            return run_in_layout(self.network, inputs, self.layout)
 
 
 class Choice:
@@ -50,12 +49,14 @@ class Choice:
         self.inputs, self.layers, self.works = prepared.inputs, prepared.layers, prepared.works
         self.device, self.dtype = placement(prepared.model)
         self.estimator = None if profile is None else LatencyEstimator(prepared.table, profile)
+        self.layouts = prepared.layouts(kernels)
         self.dense_s = math.nan
 
     def fastest(self) -> Candidate:
         """The fastest of the dense networks and the best sparse one of each layout, all executed."""
-        candidates = {f"dense-{layout}": self.dense(layout) for layout in self._layouts()}
-        for layout in self._layouts():
+        # With the batch last, dense layers copy from and to what PyTorch takes.
+        candidates = {f"dense-{layout}": self.dense(layout) for layout in self.layouts if layout != CHWN}
+        for layout in self.layouts:
             chosen = self._chosen(layout)
             if not plain_kernels(chosen):
                 candidates[f"sparse-{layout}"] = self._assembled(layout, chosen)
@@ -77,7 +78,7 @@ class Choice:
 
     def dense(self, layout: str) -> Candidate:
         """The network without sparse kernels."""
-        return self._assembled(layout, {name: self._dense_kernel(name, layout) for name in self.layers})
+        return self._assembled(layout, {name: self.prepared.dense_kernel(name, layout) for name in self.layers})
 
     def report(self, best: Candidate, error: float) -> KernelReport:
         """What was chosen, with the times of each layer in passes of the chosen and of the dense network."""
@@ -108,24 +109,17 @@ class Choice:
             estimated = self.estimator.whole_s(estimated, best.layout)
         return KernelReport(tuple(rows), best.layout, estimated, best.seconds, self.dense_s, error)
 
-    def _layouts(self) -> tuple[str, ...]:
-        images = any(work.kind == "conv2d" for calls in self.works.values() for work in calls)
-        return LAYOUTS if images else LAYOUTS[:1]
-
     def _assembled(self, layout: str, chosen: Mapping[str, LayerKernel]) -> Candidate:
         return Candidate(self.prepared.network(layout, chosen), layout, dict(chosen))
 
-    def _dense_kernel(self, name: str, layout: str) -> Dense:
-        return Dense(layout if isinstance(self.layers[name], nn.Conv2d) else NCHW)
-
     def _usable(self, name: str, layout: str) -> list[LayerKernel]:
         """Kernels that run a layer in a layout, the dense one first."""
-        dense = self._dense_kernel(name, layout)
+        dense = self.prepared.dense_kernel(name, layout)
         others = [
             kernel
             for kernel in self.kernels
             if (kernel.uses_sparsity if kernel.exact else name in self.prepared.steps)
-            and (kernel.layout == layout or isinstance(self.layers[name], nn.Linear))
+            and (kernel.layout == layout or (kernel.layout == NCHW and isinstance(self.layers[name], nn.Linear)))
             and not any(kernel.refuses(work, self.dtype, self.device) for work in self.works[name])
             and self.prepared.kernel_for(name, kernel).refuses_weight(self.layers[name].weight) is None
         ]

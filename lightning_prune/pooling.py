@@ -1,4 +1,4 @@
-"""Max pooling of NCHW images, which PyTorch does several times faster in two steps, down and across, than in one."""
+"""Max pooling of images, which PyTorch does several times faster in two steps, down and across, than in one."""
 
 from __future__ import annotations
 
@@ -32,11 +32,16 @@ class SeparablePool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the pooling gives."""
-        plain = x.ndim == 4 and x.numel() >= _FEWEST_NUMBERS and x.device.type == "cpu" and x.is_contiguous()
-        if not plain or _pair(self.pool.dilation) != (1, 1) or not all(map(_Step.fits, self.steps, x.shape[2:])):
+        large = x.ndim == 4 and x.numel() >= _FEWEST_NUMBERS and x.device.type == "cpu"
+        if not large or _pair(self.pool.dilation) != (1, 1) or not all(map(_Step.fits, self.steps, x.shape[2:])):
             return self.pool(x)  # type: ignore[no-any-return]
         down, across = self.steps
-        return across(down(x, 2), 3).contiguous()
+        if x.is_contiguous():
+            return across(down(x, 2), 3).contiguous()
+        lying = x.movedim(0, -1)
+        if lying.is_contiguous():
+            return across(down(lying, 1), 2).contiguous().movedim(-1, 0)
+        return self.pool(x)  # type: ignore[no-any-return]
 
 
 class _Step:
@@ -73,7 +78,7 @@ class _Step:
 
     def _every(self, x: Tensor, dim: int, start: int, count: int) -> Tensor:
         part = x.narrow(dim, start, (count - 1) * self.stride + 1)
-        return part[:, :, :: self.stride] if dim == 2 else part[..., :: self.stride]
+        return part[(slice(None),) * dim + (slice(None, None, self.stride),)]
 
     def _count(self, size: int) -> int:
         free = size + 2 * self.padding - self.window

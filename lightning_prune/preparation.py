@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+import logging
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,13 +13,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_prune.folding import fold_batch_norm, plain, replace_module
-from lightning_prune.kernels import NHWC, LayerKernel, Steps, Workload
+from lightning_prune.kernels import CHWN, NCHW, NHWC, Dense, LayerKernel, Steps, Workload
 from lightning_prune.kernels.workload import runnable
 from lightning_prune.layers import LayerTable, layer_table
 from lightning_prune.pooling import separate_pools
 from lightning_prune.rectifiers import rectified_layers, skip_rectified
 from lightning_prune.silence import Border, Layer, drop_constant_inputs
 from lightning_prune.tracing import call
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,34 @@ class Prepared:
             skip_rectified(network)
         return network
 
+    def layouts(self, kernels: Iterable[LayerKernel]) -> tuple[str, ...]:
+        """The memory layouts worth a try: those that the model runs in, "chwn" only where kernels are for it."""
+        device, dtype = placement(self.model)
+        calls = [work for works in self.works.values() for work in works]
+        own = [kernel for kernel in kernels if kernel.layout == CHWN and kernel.uses_sparsity]
+        wanted = {
+            NHWC: any(work.kind == "conv2d" for work in calls),
+            CHWN: any(kernel.refuses(work, dtype, device) is None for kernel in own for work in calls),
+        }
+        return (NCHW, *(layout for layout, worth in wanted.items() if worth and self._runs_in(layout)))
+
+    def _runs_in(self, layout: str) -> bool:
+        try:
+            with torch.inference_mode():
+                run_in_layout(self.dense(layout), cloned(self.inputs), layout)
+        except RuntimeError as error:  # most of all of `view`, for which `flatten` and `reshape` stand
+            _logger.info("the model does not run with activations in %s, which is left out: %s", layout, error)
+            return False
+        return True
+
+    def dense(self, layout: str) -> nn.Module:
+        """The network in a memory layout without sparse kernels."""
+        return self.network(layout, {name: self.dense_kernel(name, layout) for name in self.layers})
+
+    def dense_kernel(self, name: str, layout: str) -> Dense:
+        """What runs a layer as it is in a network of a layout."""
+        return dense_kernel(self.layers[name], layout)
+
     def built(self, name: str, kernel: LayerKernel) -> nn.Module:
         """The module with which a kernel runs a layer."""
         layer = self.layers[name]
@@ -132,8 +163,13 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     return found.pop()
 
 
+def dense_kernel(layer: nn.Module, layout: str) -> Dense:
+    """What runs a layer as it is in a network of a layout."""
+    return Dense(layout if isinstance(layer, nn.Conv2d) else NCHW)
+
+
 def in_layout(model: nn.Module, layout: str) -> nn.Module:
-    """A copy with the weights of convolutions in a layout, and poolings that suit it."""
+    """A copy with weights and poolings that suit a layout."""
     copied = copy.deepcopy(model)
     if layout == NHWC:
         return copied.to(memory_format=torch.channels_last)
@@ -141,8 +177,18 @@ def in_layout(model: nn.Module, layout: str) -> nn.Module:
     return copied
 
 
+def run_in_layout(network: nn.Module, inputs: Any, layout: str) -> Any:
+    """A pass of a network in a layout."""
+    return outputs_in_layout(call(network, inputs_in_layout(inputs, layout)), layout)
+
+
+def outputs_in_layout(outputs: Any, layout: str) -> Any:
+    """Outputs of a network in a layout as they are handed on: not with the batch last, which nobody expects."""
+    return tree_map_only(Tensor, Tensor.contiguous, outputs) if layout == CHWN else outputs
+
+
 def inputs_in_layout(inputs: Any, layout: str) -> Any:
-    """Inputs with images in a layout."""
+    """Inputs with images in a layout; those of "chwn" are left to the first layer, which may want them otherwise."""
     form = torch.channels_last if layout == NHWC else torch.contiguous_format
     return tree_map_only(Tensor, lambda x: x.contiguous(memory_format=form) if x.ndim == 4 else x, inputs)
 

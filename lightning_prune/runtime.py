@@ -30,7 +30,15 @@ from lightning_prune.latency.machine import Machine
 from lightning_prune.latency.profile import DeviceProfile
 from lightning_prune.latency.timing import keep_freed_memory
 from lightning_prune.layers import LayerTable
-from lightning_prune.preparation import Prepared, cloned, inference_copy, inputs_in_layout, placement, unwrapped
+from lightning_prune.preparation import (
+    Prepared,
+    cloned,
+    inference_copy,
+    inputs_in_layout,
+    outputs_in_layout,
+    placement,
+    unwrapped,
+)
 from lightning_prune.silence import Border
 from lightning_prune.tracing import call
 
@@ -76,7 +84,7 @@ class AcceleratedModel(nn.Module):
         """What the dense network gives, up to rounding; without gradients, which kernels do not have."""
         if self.layout == NHWC:
             args, kwargs = inputs_in_layout((args, kwargs), self.layout)
-        return self.network(*args, **kwargs)
+        return outputs_in_layout(self.network(*args, **kwargs), self.layout)
 
     def kernel_report(self) -> KernelReport:
         """Which kernel runs each layer, and the times.

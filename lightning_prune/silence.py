@@ -43,13 +43,14 @@ class Border(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """What the layer gives, and the map."""
         y: Tensor = self.layer(x)
-        key = (*x.shape[-2:], y.is_contiguous())
+        channels_last = y.ndim == 4 and y.is_contiguous(memory_format=torch.channels_last)
+        key = (*x.shape[-2:], channels_last)
         found = self.maps.get(key)
         if found is None or found.device != y.device:
             images = self.values.view(1, -1, 1, 1).expand(1, -1, *x.shape[-2:])
             stride, padding, dilation = self.geometry
             found = functional.conv2d(images, self.weight, None, stride, padding, dilation)
-            if not y.is_contiguous():
+            if channels_last:
                 found = found.contiguous(memory_format=torch.channels_last)
             self.maps[key] = found
         return y + (found if y.ndim == 4 else found[0])

@@ -4,7 +4,7 @@ from lightning_prune.kernels.block_sparse import BSR
 from lightning_prune.kernels.csr import CSR
 from lightning_prune.kernels.dense import Dense
 from lightning_prune.kernels.int8 import Int8
-from lightning_prune.kernels.kernel import LAYOUTS, NCHW, NHWC, LayerKernel
+from lightning_prune.kernels.kernel import CHWN, LAYOUTS, NCHW, NHWC, LayerKernel
 from lightning_prune.kernels.occupancy import Occupancy, expected_occupancy, measured_occupancy
 from lightning_prune.kernels.semi_structured import SemiStructured
 from lightning_prune.kernels.shrunk import Shrunk
@@ -15,6 +15,7 @@ from lightning_prune.kernels.workload import Workload, workloads
 __all__ = [
     "ALL_KERNELS",
     "BSR",
+    "CHWN",
     "CSR",
     "KERNELS",
     "LAYOUTS",
@@ -38,7 +39,9 @@ __all__ = [
 KERNELS: tuple[LayerKernel, ...] = (
     Dense(NCHW),
     Dense(NHWC),
-    SIMD(),
+    Dense(CHWN),
+    SIMD(NCHW),
+    SIMD(CHWN),
     CSR(),
     BSR(4),
     BSR(8),

@@ -7,7 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.kernels.kernel import LAYOUTS, NCHW, NHWC, LayerKernel, octaves, shape_coordinates
+from lightning_prune.kernels.batch_last import FILLS, BatchLast, fills_vectors
+from lightning_prune.kernels.kernel import CHWN, LAYOUTS, NCHW, NHWC, LayerKernel, octaves, shape_coordinates
 from lightning_prune.kernels.occupancy import Occupancy
 from lightning_prune.kernels.workload import Workload
 
@@ -16,7 +17,7 @@ class Dense(LayerKernel):
     """The layer itself, in one memory layout.
 
     Args:
-        layout: "nchw" or "nhwc"; linear layers run as part of the first.
+        layout: "nchw", "nhwc" or, with copies from and to, "chwn"; linear layers run as part of the first.
 
     Raises:
         ValueError: there is no such layout.
@@ -35,9 +36,11 @@ class Dense(LayerKernel):
         return "dense" if self.layout == NCHW else f"dense-{self.layout}"
 
     def refuses(self, work: Workload, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Only linear layers in the second layout, which for them is the first."""
-        if self.layout == NHWC and work.kind == "linear":
+        """Linear layers in other layouts than the first, which they share, and batches that do not fill vectors."""
+        if self.layout != NCHW and work.kind == "linear":
             return "a linear layer has no memory layout: kernel 'dense' runs it in every network"
+        if self.layout == CHWN and not fills_vectors(work.batch):
+            return f"only batches of a multiple of {FILLS} lie last, not of {work.batch}"
         return None
 
     def build(self, layer: nn.Linear | nn.Conv2d) -> nn.Module:
@@ -46,7 +49,7 @@ class Dense(LayerKernel):
         built.zero_grad()  # a copy of a layer copies its gradients
         if self.layout == NHWC:
             built = built.to(memory_format=torch.channels_last)
-        return built
+        return BatchLast(built) if self.layout == CHWN else built
 
     def features(self, work: Workload, left: Occupancy) -> dict[str, Tensor | float]:
         """Work, also rounded up to whole vectors, and traffic."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_prune.kernels.kernel import LAYOUTS, NCHW, NHWC, LayerKernel
+from lightning_prune.kernels.kernel import IMAGE_LAYOUTS, NCHW, NHWC, LayerKernel
 from lightning_prune.kernels.notices import hear
 from lightning_prune.kernels.occupancy import Occupancy
 from lightning_prune.kernels.steps import Steps
@@ -223,8 +223,8 @@ class Int8(LayerKernel):
     rectifies = True
 
     def __init__(self, layout: str = NCHW, steps: Steps | None = None) -> None:
-        if layout not in LAYOUTS:
-            raise ValueError(f"a layout is one of {LAYOUTS}, got {layout!r}")
+        if layout not in IMAGE_LAYOUTS:
+            raise ValueError(f"a layout is one of {IMAGE_LAYOUTS}, got {layout!r}")
         self.layout, self.steps = layout, steps
 
     @property

@@ -13,9 +13,12 @@ from lightning_prune.kernels.occupancy import Occupancy
 from lightning_prune.kernels.steps import Steps
 from lightning_prune.kernels.workload import Workload
 
-NCHW, NHWC = "nchw", "nhwc"
-LAYOUTS = (NCHW, NHWC)
-"""How activations lie in memory, one for a whole network; linear layers run alike in both."""
+NCHW, NHWC, CHWN = "nchw", "nhwc", "chwn"
+LAYOUTS = (NCHW, NHWC, CHWN)
+"""How activations lie in memory, one for a whole network. PyTorch's linear layers run alike in all."""
+
+IMAGE_LAYOUTS = (NCHW, NHWC)
+"""Those that PyTorch's convolutions know; the other one is for kernels of our own, see `batch_last`."""
 
 
 class LayerKernel(ABC):

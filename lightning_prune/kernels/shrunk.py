@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_prune.granularities import Filter
 from lightning_prune.kernels.dense import Dense, dense_coordinates, dense_features
-from lightning_prune.kernels.kernel import LAYOUTS, NCHW, NHWC, LayerKernel
+from lightning_prune.kernels.kernel import IMAGE_LAYOUTS, NCHW, NHWC, LayerKernel
 from lightning_prune.kernels.occupancy import Occupancy
 from lightning_prune.kernels.workload import Workload
 
@@ -95,8 +95,8 @@ class Shrunk(LayerKernel):
     points = ((0.5, 1.0), (0.25, 0.75), (0.6, 0.4), (0.85, 0.15), (1.0, 0.0))
 
     def __init__(self, layout: str = NCHW) -> None:
-        if layout not in LAYOUTS:
-            raise ValueError(f"a layout is one of {LAYOUTS}, got {layout!r}")
+        if layout not in IMAGE_LAYOUTS:
+            raise ValueError(f"a layout is one of {IMAGE_LAYOUTS}, got {layout!r}")
         self.layout = layout
         self.without_zeros = Dense(layout).name
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_prune.kernels import native
-from lightning_prune.kernels.kernel import LayerKernel, octaves, shape_coordinates
+from lightning_prune.kernels.batch_last import FILLS, arranged, fills_vectors
+from lightning_prune.kernels.kernel import CHWN, NCHW, LayerKernel, octaves, shape_coordinates
 from lightning_prune.kernels.occupancy import Occupancy
-from lightning_prune.kernels.simd_plan import choose, least, too_wide
+from lightning_prune.kernels.simd_plan import choose, least, too_wide, widest
 from lightning_prune.kernels.workload import Workload
 from lightning_prune.rectifiers import mark_rectified
 
@@ -25,6 +26,7 @@ class SparseLayer(nn.Module):
 
     Args:
         layer: with zeros in its weight; it is not changed.
+        layout: of its results, "nchw" or "chwn"; inputs that lie otherwise are copied first.
 
     Attributes:
         relu: whether it rectifies its outputs, and marks them; to be set before the first call.
@@ -35,8 +37,9 @@ class SparseLayer(nn.Module):
     values: Tensor
     bias: Tensor | None
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, layout: str = NCHW) -> None:
         super().__init__()
+        self.layout = layout
         weight = layer.weight.detach()
         flat = weight.reshape(len(weight), -1).contiguous()
         rows, taps = (flat != 0).nonzero(as_tuple=True)
@@ -90,12 +93,15 @@ class SparseLayer(nn.Module):
         """How inputs of this shape are run."""
         work = self._workload(x)
         living = len(torch.unique(self.taps // work.taps)) / work.inputs
-        settings = choose(work, len(self.values) / work.weights, living)
+        out = [work.batch, work.outputs, *(() if self.linear else work.output_size)]
+        last, woven = self.layout == CHWN and fills_vectors(work.batch), False
+        if last:
+            work, woven = arranged(work, widest())
+        settings = choose(work, len(self.values) / work.weights, living, woven)
         sizes = [work.batch, work.inputs, *work.input_size, work.outputs, *work.output_size, *work.window]
         sizes += [*work.stride, *work.padding, *work.dilation]
-        plan = native.library().Layer(
-            self.linear, sizes, self.starts, self.taps, self.values, self.bias, self.relu, settings.as_list()
-        )
+        weights = (self.starts, self.taps, self.values, self.bias, self.relu)
+        plan = native.library().Layer(work.kind == "linear", last, woven, out, sizes, *weights, settings.as_list())
         while len(self._plans) >= _MOST_PLANS:
             self._plans.pop(next(iter(self._plans)), None)
         self._plans[x.shape] = plan
@@ -156,15 +162,26 @@ class SIMD(LayerKernel):
     """Our own kernel for zeros anywhere: only weights that are left are multiplied, each with a whole vector.
 
     The C++ behind it is built on the first use, for the machine at hand.
+
+    Args:
+        layout: "nchw", or "chwn" for batches that fill vectors; there, linear layers lie likewise, features first.
+
+    Raises:
+        ValueError: it runs in no such layout.
     """
 
     rectifies = True
     points = ((0.0, 1.0), (0.5, 1.0), (0.8, 1.0), (0.94, 1.0), (1.0, 1.0))  # depthwise layers pay without zeros, too
 
+    def __init__(self, layout: str = NCHW) -> None:
+        if layout not in (NCHW, CHWN):
+            raise ValueError(f"the SIMD kernel runs in layouts {(NCHW, CHWN)}, got {layout!r}")
+        self.layout = layout
+
     @property
     def name(self) -> str:
-        """`simd`."""
-        return "simd"
+        """`simd` or `simd-chwn`."""
+        return "simd" if self.layout == NCHW else f"simd-{self.layout}"
 
     def refuses(self, work: Workload, dtype: torch.dtype, device: torch.device) -> str | None:
         """Anything but float32 on the CPU, very wide images, and machines where its C++ cannot be built."""
@@ -172,17 +189,20 @@ class SIMD(LayerKernel):
             return f"the SIMD kernels run on the CPU, not on {device.type} devices"
         if dtype != torch.float32:
             return f"the SIMD kernels are for float32, not {dtype}"
-        return too_wide(work) or native.unavailable()
+        if self.layout == CHWN and not fills_vectors(work.batch):
+            return f"only batches of a multiple of {FILLS} lie last, not of {work.batch}"
+        return too_wide(*self._arranged(work)) or native.unavailable()
 
     def build(self, layer: nn.Linear | nn.Conv2d) -> nn.Module:
         """The layer without its zeros."""
-        return SparseLayer(layer)
+        return SparseLayer(layer, self.layout)
 
     def features(self, work: Workload, left: Occupancy) -> dict[str, Tensor | float]:
         """Guessed cycles of each of its steps, with the settings it would choose, and traffic."""
         density = left.density.double()
         living = _living(work, left).expand_as(density)
-        done = least(work, density.numpy().reshape(-1), living.numpy().reshape(-1))
+        call, woven = self._arranged(work)
+        done = least(call, density.numpy().reshape(-1), living.numpy().reshape(-1), woven)
 
         def like_density(values: np.ndarray[Any, Any]) -> Tensor:
             return torch.from_numpy(values).view(density.shape)
@@ -197,6 +217,11 @@ class SIMD(LayerKernel):
             "read": living * work.input_elements,
             "output": float(work.output_elements),
         }
+
+    def _arranged(self, work: Workload) -> tuple[Workload, bool]:
+        """The call that the library runs; batches that fill no vectors lie as they do in "nchw"."""
+        last = self.layout == CHWN and fills_vectors(work.batch)
+        return arranged(work, widest()) if last else (work, False)
 
     def coordinates(self, work: Workload, left: Occupancy) -> dict[str, Tensor | float]:
         """The shape, the share that is left and how many weights that is."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lightning_prune.kernels.batch_last import lanes_for
 from lightning_prune.kernels.workload import Workload
 
 Array = NDArray[np.float64]
@@ -72,13 +73,14 @@ class Work:
         return self.compute + self.visits + self.copied + self.written
 
 
-def choose(work: Workload, density: float, living: float) -> Settings:
+def choose(work: Workload, density: float, living: float, batch_last: bool = False) -> Settings:
     """The settings for a weight.
 
     Args:
         work: the call.
         density: share of the weights that are left.
         living: share of the input channels that meet any.
+        batch_last: whether images lie woven already.
 
     Raises:
         ValueError: images are too wide for the kernel.
@@ -86,10 +88,10 @@ def choose(work: Workload, density: float, living: float) -> Settings:
     >>> choose(Workload("linear", 64, 512, 512), density=0.1, living=1.0).woven
     0
     """
-    if reason := too_wide(work):
+    if reason := too_wide(work, batch_last):
         raise ValueError(reason)
-    lanes, woven, rows, columns, strips, _ = (column.astype(int) for column in candidates(work))
-    done, channels, band = estimate(work, np.array([density]), np.array([living]))
+    lanes, woven, rows, columns, strips, _ = (column.astype(int) for column in candidates(work, batch_last))
+    done, channels, band = estimate(work, np.array([density]), np.array([living]), batch_last)
     best = int(done.cycles[:, 0].argmin())
     return Settings(
         int(lanes[best]),
@@ -102,32 +104,36 @@ def choose(work: Workload, density: float, living: float) -> Settings:
     )
 
 
-def least(work: Workload, density: Array, living: Array) -> Work:
+def least(work: Workload, density: Array, living: Array, batch_last: bool = False) -> Work:
     """The work of the best settings for each density, `[densities]`."""
-    done, _, _ = estimate(work, density, living)
+    done, _, _ = estimate(work, density, living, batch_last)
     best = done.cycles.argmin(0)[None]
     parts = (done.compute, done.visits, done.copied, done.written)
     return Work(*(np.take_along_axis(part, best, 0)[0] for part in parts))
 
 
-def too_wide(work: Workload) -> str | None:
+def too_wide(work: Workload, batch_last: bool = False) -> str | None:
     """Why the rows under a window do not fit the kernel's panels, or None."""
-    return None if len(candidates(work)[0]) else f"the SIMD kernels are for narrower images than those of {work}"
+    return (
+        None
+        if len(candidates(work, batch_last)[0])
+        else f"the SIMD kernels are for narrower images than those of {work}"
+    )
 
 
 @functools.lru_cache(maxsize=4096)
-def candidates(work: Workload) -> tuple[Array, ...]:
+def candidates(work: Workload, batch_last: bool = False) -> tuple[Array, ...]:
     """All settings worth a thought: lanes, woven, rows, columns, strips and bytes for a block."""
-    flat = work.kind == "linear" or work.pointwise
+    flat = (work.kind == "linear" or work.pointwise) and not batch_last
     height = work.output_size[0]
     wide = _under(work, 1, work.output_size[1])
     found = []
-    for lanes in (lanes for lanes in (16, 8, 4, 1) if lanes <= _widest()):
+    for lanes in (lanes_for(work.batch, widest()),) if batch_last else (n for n in (16, 8, 4, 1) if n <= widest()):
         tiles = [(0, 1, columns, 1) for columns in range(1, _MOST_VECTORS + 1)] if flat else []
         if work.kind != "linear" and lanes > 1 and _under(work, 0, 1) * wide * lanes + 32 <= _MOST_NUMBERS:
             tiles += [
                 (1, rows, columns, strips)
-                for strips in {min(height, strips) for strips in (1, 2, 4, 8, 16) if strips <= lanes}
+                for strips in ({1} if batch_last else {min(height, n) for n in (1, 2, 4, 8, 16) if n <= lanes})
                 for rows in (1, 2)
                 if rows == 1 or _under(work, 0, 2) * wide * lanes + 32 <= _MOST_NUMBERS
                 for columns in range(1, min(_MOST_VECTORS // rows, work.output_size[1]) + 1)
@@ -136,9 +142,9 @@ def candidates(work: Workload) -> tuple[Array, ...]:
     return tuple(np.array(found, dtype=np.float64).reshape(-1, 6).T)
 
 
-def estimate(work: Workload, density: Array, living: Array) -> tuple[Work, Array, Array]:
+def estimate(work: Workload, density: Array, living: Array, batch_last: bool = False) -> tuple[Work, Array, Array]:
     """The work of every candidate, and its channels per block and tiles per band, `[candidates, densities]`."""
-    lanes, woven, rows, columns, strips, budget = (column[:, None] for column in candidates(work))
+    lanes, woven, rows, columns, strips, budget = (column[:, None] for column in candidates(work, batch_last))
     is_woven = woven == 1
     height, width = work.output_size
     positions = float(work.batch if work.kind == "linear" else height * width)
@@ -178,11 +184,12 @@ def estimate(work: Workload, density: Array, living: Array) -> tuple[Work, Array
     wait = np.maximum(0.0, 0.8 - 0.4 * rows * columns)  # of short tiles, for the sum before
     copied_rows = bands * _under(work, 0, band / unit * rows)
     flat_copy, flat_result = (0.5, 0.9) if work.kind == "linear" else (0.35, 0.13)
-    copied = np.where(is_woven, copied_rows * (0.45 * pitch + 8.0), vectors * lanes * flat_copy + 2 * bands)
+    woven_copy = 0.15 if batch_last else 0.45
+    copied = np.where(is_woven, copied_rows * (woven_copy * pitch + 8.0), vectors * lanes * flat_copy + 2 * bands)
     # Results of a woven tile are written in pieces, to places that compete in the caches if images are of 4 KB.
     pieces = np.where(columns >= 8, np.ceil(columns / 8), np.where(columns >= 4, np.ceil(columns / 4), 2 * columns))
     apart = 6.9 * (height * width % 1024 == 0) * (work.batch > 1) * (strips == 1)
-    woven_result = down * tiles_across * pieces * 1.95 + vectors * (0.92 + apart)
+    woven_result = vectors * 0.92 if batch_last else down * tiles_across * pieces * 1.95 + vectors * (0.92 + apart)
     written = np.where(is_woven, woven_result, vectors * lanes * flat_result)
     return (
         Work(
@@ -202,7 +209,7 @@ def _under(work: Workload, dimension: int, extent: Array | float) -> Array:
     return np.asarray((extent - 1) * work.stride[dimension] + reach, dtype=np.float64)
 
 
-def _widest() -> int:
+def widest() -> int:
     """Lanes of the machine's widest vectors."""
     capability = torch.backends.cpu.get_cpu_capability()
     return 16 if "AVX512" in capability else 8 if "AVX2" in capability else 4

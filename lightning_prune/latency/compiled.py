@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_prune.granularities import NM, Filter, Granularity, Unstructured
-from lightning_prune.kernels import Workload, expected_occupancy
+from lightning_prune.kernels import NCHW, Workload, expected_occupancy
 from lightning_prune.latency.curves import LIVING_KNOTS, SPARSITY_KNOTS, Curves, filter_knots
 from lightning_prune.latency.fitted import FittedCost
 from lightning_prune.latency.profile import DeviceProfile, NetworkRecord, Producers, digest
@@ -106,14 +106,15 @@ class Compiler:
     def fits_layout(self, kernel: str, kind: str, layout: str) -> bool:
         """Whether a kernel runs layers of a kind in networks of a layout."""
         own = self.profile.costs[kernel].layout
-        return own is None or kind == "linear" or own == layout
+        return own is None or own == layout or (kind == "linear" and own == NCHW)
 
     def __call__(self, patterns: tuple[Granularity, ...], rests: Mapping[str, tuple[float, float]]) -> Compiled:
         """Curves of every layer and kernel.
 
         Args:
             patterns: per layer of the table.
-            rests: per layout, seconds of the rest of a pass, and by which share it grows with the layers' time.
+            rests: per layout that counts, seconds of the rest of a pass, and by which share it grows with the layers'
+                time.
 
         Raises:
             ValueError: no layout has kernels for all layers.
@@ -123,7 +124,7 @@ class Compiler:
             inputs = {name: groups for name, groups in self.network.producers.items() if name in self.works}
         rows = torch.tensor([row for row, spec in enumerate(self.table) if spec.name in self.works], dtype=torch.int64)
         layouts = []
-        for layout in self.profile.layouts:
+        for layout in rests:
             usable = [
                 [
                     k

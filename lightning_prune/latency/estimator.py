@@ -96,7 +96,10 @@ class LatencyEstimator:
         """Seconds of a pass outside the layers: measured, or in proportion to the outputs of calibrated networks."""
         if self.network is not None:
             return self.network.fixed_s[layout]
-        known = [n for n in self.profile.networks.values() if n.output_elements and layout in n.fixed_s]
+        networks = [n for n in self.profile.networks.values() if n.output_elements]
+        if all(layout not in n.fixed_s for n in networks):
+            layout = NCHW
+        known = [n for n in networks if layout in n.fixed_s]
         if not known:
             return 0.0
         outputs = sum(work.output_elements for works in self._works.values() for work in works)
@@ -348,6 +351,7 @@ class LatencyEstimator:
     def _compile(self, pattern: Pattern) -> Compiled:
         patterns = self._patterns(pattern)
         if patterns not in self._compiled:
-            rests = {layout: self._rest(layout) for layout in self.profile.layouts}
+            known = self.profile.layouts if self.network is None else self.network.dense_s
+            rests = {layout: self._rest(layout) for layout in self.profile.layouts if layout in known}
             self._compiled[patterns] = self._compiler(patterns, rests)
         return self._compiled[patterns]

@@ -19,7 +19,7 @@ from lightning_prune.latency.measurement import Measurement
 from lightning_prune.latency.pace import Pace
 from lightning_prune.latency.timing import AGREEMENT, synchroniser
 from lightning_prune.latency.variants import Point, points, pruned
-from lightning_prune.preparation import put
+from lightning_prune.preparation import dense_kernel, put
 
 _FEWEST, _MOST, _WHILE_S = 3, 48, 0.25
 """Passes of one variant in which nothing is timed but the whole, and for how long."""
@@ -72,7 +72,7 @@ def measure_kernel(
     Args:
         kernel: to be timed.
         model: holds the layers; they are replaced while this runs and put back.
-        layers: those to be timed, dense, in the layout of the kernel.
+        layers: those to be timed, dense; they are copied.
         run: makes one pass of the model.
         source: as for `Measurement`.
         rounds: how often each variant runs.
@@ -97,7 +97,7 @@ def measure_kernel(
                 variants = [kernel.sample(pruned(layer, kernel.granularity, at, generator)) for at in places[name]]
                 if device.type == "cpu":  # not every PyTorch copies the 2:4 weights of CUDA
                     samples[alike] = variants
-        timed[name] = TimedLayer([layer, *variants], device)
+        timed[name] = TimedLayer([dense_kernel(layer, kernel.layout).build(layer), *variants], device)
     if not places:
         advance(1.0)
         return Passes((), {}, (), math.nan, True)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_prune.kernels import LAYOUTS, NHWC, Dense, LayerKernel, Workload
+from lightning_prune.kernels import CHWN, LAYOUTS, NHWC, Dense, LayerKernel, Workload
+from lightning_prune.kernels.batch_last import batch_last, fills_vectors
 from lightning_prune.latency.context import Sequenced
 from lightning_prune.latency.fitted import fitted_cost, held_out_errors, summary
 from lightning_prune.latency.machine import Machine
@@ -23,8 +24,7 @@ from lightning_prune.latency.producers import producers
 from lightning_prune.latency.profile import DeviceProfile, NetworkRecord
 from lightning_prune.latency.rectifying import rectifier_seconds
 from lightning_prune.latency.timing import synchroniser
-from lightning_prune.preparation import Prepared, in_layout, inputs_in_layout
-from lightning_prune.tracing import call
+from lightning_prune.preparation import Prepared, in_layout, inputs_in_layout, run_in_layout
 
 _logger = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ class Session:
     ) -> None:
         self.machine, self.rounds, self.path, self.known = machine, rounds, path, known
         self.pace = Pace(torch.device(machine.kind))
-        self.kernels = tuple(dict.fromkeys((*(Dense(layout) for layout in LAYOUTS), *kernels)))
+        layouts = [layout for layout in LAYOUTS if layout != CHWN or any(kernel.layout == CHWN for kernel in kernels)]
+        self.kernels = tuple(dict.fromkeys((*(Dense(layout) for layout in layouts), *kernels)))
         self.measurements = list(known.measurements) if known else []
         self.networks = dict(known.networks) if known else {}
         self.quiet = known.quiet if known else True
@@ -73,28 +74,29 @@ class Session:
     def measure_network(self, prepared: Prepared, source: str, bar: Callable[[float], None]) -> None:
         """Time a network: whole and dense, then layer by layer with every kernel."""
         self._report_idle(prepared)
-        known = source in self.networks
-        if not known:
+        known = self.networks.get(source)
+        if known is None:
             self.measurements = [m for m in self.measurements if m.source != source]  # of an interrupted start
         fixed_s: dict[str, float] = {}
         dense_s: dict[str, float] = {}
         layers_s: dict[str, float] = {}
         rectifiers_s: dict[str, dict[str, float]] = {}
         wholes: dict[str, tuple[tuple[float, float], ...]] = {}
-        images = any(work.kind == "conv2d" for works in prepared.works.values() for work in works)
+        layouts = prepared.layouts(self.kernels)
+        bar(sum(kernel.layout not in layouts for kernel in self.kernels))
+        layers: Layers = {name: (layer, prepared.works[name]) for name, layer in prepared.layers.items()}
         rounds = 0
         for dense_first in (True, False):
-            for layout in LAYOUTS if images else LAYOUTS[:1]:
-                model = in_layout(prepared.model, layout)
-                layers: Layers = {name: (model.get_submodule(name), prepared.works[name]) for name in prepared.works}  # type: ignore[misc]
+            for layout in layouts:
+                model = prepared.dense(layout)
 
                 def run(model: nn.Module = model, layout: str = layout) -> None:
-                    call(model, inputs_in_layout(prepared.inputs, layout))  # converting them is part of a pass
+                    run_in_layout(model, prepared.inputs, layout)  # copying inputs and outputs is part of a pass
 
                 kernels = [k for k in self.kernels if k.layout == layout and k.uses_sparsity != dense_first]
                 rounds = rounds or self._rounds_of(run)
                 passes = self._measure(kernels, model, layers, run, source, bar, rounds)
-                if dense_first and not known:
+                if dense_first and (known is None or layout not in known.dense_s):
                     wholes[layout] = tuple(pair for one in passes for pair in one.wholes)
                     rectifiers_s[layout] = rectifier_seconds(model, prepared.rectified, run, rounds, self.pace.settle)
                     dense_s[layout] = self._whole_s(run, rounds)
@@ -102,28 +104,24 @@ class Session:
                     most_s = max(dense_s[layout] - layers_s[layout], 0.0)
                     rest_s = passes[0].rest_s if passes else math.nan  # measured before this calibration went on
                     fixed_s[layout] = most_s if math.isnan(rest_s) else min(max(rest_s, 0.0), most_s)
-            if dense_first and not known:
+            if dense_first and dense_s:
                 named = {f"{name}.weight": layer for name, layer in prepared.layers.items()}
+                weights_s = {
+                    layout: {f"{name}.weight": seconds for name, seconds in found.items()}
+                    for layout, found in rectifiers_s.items()
+                }
                 self.networks[source] = NetworkRecord(
                     type(prepared.model).__name__,
                     tuple(named),
                     sum(work.output_elements for works in prepared.works.values() for work in works),
-                    {layout: fixed_s.get(layout, fixed_s[LAYOUTS[0]]) for layout in LAYOUTS},
-                    {layout: dense_s.get(layout, dense_s[LAYOUTS[0]]) for layout in LAYOUTS},
-                    {layout: layers_s.get(layout, layers_s[LAYOUTS[0]]) for layout in LAYOUTS},
-                    wholes,
+                    {**(known.fixed_s if known else {}), **fixed_s},
+                    {**(known.dense_s if known else {}), **dense_s},
+                    {**(known.layers_s if known else {}), **layers_s},
+                    {**(known.passes if known else {}), **wholes},
                     producers(prepared.model, prepared.inputs, named),
-                    {
-                        layout: {f"{name}.weight": seconds for name, seconds in found.items()}
-                        for layout, found in rectifiers_s.items()
-                    },
+                    {**(known.rectifiers_s if known else {}), **weights_s},
                 )
                 self.save()
-
-        if not images:  # linear layers know no layout, and other networks of the profile may
-            record = self.networks[source]
-            self.networks[source] = replace(record, passes=dict.fromkeys(LAYOUTS, record.passes.get(LAYOUTS[0], ())))
-            self.save()
 
     def _report_idle(self, prepared: Prepared) -> None:
         """Say which kernels run nothing here, for lack of a library, say."""
@@ -142,13 +140,14 @@ class Session:
         device, dtype = torch.device(self.machine.kind), self.machine.torch_dtype
         for alike in _parts(shapes):
             for layout in LAYOUTS:
-                part = [w for w in alike if layout != NHWC or w.kind == "conv2d"]
+                part = [w for w in alike if _lies(w, layout)]
                 # Up and down again, so that the first of a pass follows one of its size as the others do.
                 part = part[::2] + part[1::2][::-1]
                 with torch.random.fork_rng(devices=[]):  # the weights of new layers are drawn
                     modules = [w.layer().to(device, dtype).eval().requires_grad_(False) for w in part]
                 inputs = [torch.randn(w.input_shape(), generator=generator).to(device, dtype) for w in part]
-                sequence = in_layout(Sequenced(modules, inputs_in_layout(inputs, layout)), layout)
+                lying = [batch_last(x) for x in inputs] if layout == CHWN else inputs_in_layout(inputs, layout)
+                sequence = in_layout(Sequenced(modules, lying), layout)
                 layers: Layers = {f"layers.{i}": (sequence.layers[i], (w,)) for i, w in enumerate(part)}  # type: ignore[index,misc]
                 usable = [k for k in self.kernels if k.layout == layout and not (dense_only and k.uses_sparsity)]
                 kernels = sorted(usable, key=lambda k: k.uses_sparsity)
@@ -300,6 +299,11 @@ def _parts(shapes: Sequence[Workload]) -> list[list[Workload]]:
         order = sorted((work for work in shapes if work.kind == kind), key=size)
         found += [order[start : start + _IN_ONE_PASS] for start in range(0, len(order), _IN_ONE_PASS)]
     return found
+
+
+def _lies(work: Workload, layout: str) -> bool:
+    """Whether the activations of a layer can lie in a layout of their own."""
+    return fills_vectors(work.batch) if layout == CHWN else layout != NHWC or work.kind == "conv2d"
 
 
 def _is_dense(measurement: Measurement, layout: str) -> bool:

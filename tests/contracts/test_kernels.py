@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lightning_prune import NM, Block, Unstructured, kernels
 from lightning_prune.granularities import Granularity
 from lightning_prune.kernels import LAYOUTS, SIMD, Int8, LayerKernel, Workload, expected_occupancy
+from lightning_prune.kernels.batch_last import batch_last
 from lightning_prune.kernels.int8 import unavailable
 from lightning_prune.quantization.quantizers import Quantizer
 from lightning_prune.quantization.schemes import Grid
@@ -49,7 +50,9 @@ def test_names_under_which_profiles_are_kept() -> None:
     assert [kernel.name for kernel in kernels.KERNELS] == [
         "dense",
         "dense-nhwc",
+        "dense-chwn",
         "simd",
+        "simd-chwn",
         "csr",
         "bsr-4",
         "bsr-8",
@@ -131,7 +134,7 @@ def cases(draw: Any, unit: int) -> Case:
     layer: Layer
     if draw(st.booleans()):
         layer = nn.Linear(inputs, outputs, bias)
-        lead = draw(st.sampled_from([(), (1,), (2,), (7,), (2, 3), (1, 1), (0,), (2, 0, 3)]))
+        lead = draw(st.sampled_from([(), (1,), (2,), (7,), (16,), (2, 3), (2, 4), (1, 1), (0,), (2, 0, 3)]))
         whole = torch.randn(*lead, inputs * 2, generator=generator)
         x = whole[..., ::2] if strided else whole[..., :inputs].contiguous()
     else:
@@ -149,11 +152,11 @@ def cases(draw: Any, unit: int) -> Case:
         layer = nn.Conv2d(inputs, outputs, window, stride, padding, dilation, groups, bias, mode)
         least = [max(3, d * (w - 1) + 1) for d, w in zip(dilation, window, strict=True)]
         size = [low + draw(st.integers(0, 5)) for low in least]
-        lead = draw(st.sampled_from([(), (1,), (2,), (3,)]))
+        lead = draw(st.sampled_from([(), (1,), (2,), (3,), (8,)]))
         whole = torch.randn(*lead, inputs, size[0], size[1] * 2, generator=generator)
         x = whole[..., ::2] if strided else whole[..., : size[1]].contiguous()
-        if x.ndim == 4 and draw(st.booleans()):
-            x = x.to(memory_format=torch.channels_last)
+        if x.ndim == 4:
+            x = draw(st.sampled_from([x, x.to(memory_format=torch.channels_last), batch_last(x)]))
         if draw(st.booleans()):
             layer = layer.to(memory_format=torch.channels_last)
     pattern = draw(st.sampled_from(["weights", "rows", "columns", "blocks"]))
@@ -195,7 +198,10 @@ SAMPLES: dict[str, Callable[[], tuple[Layer, Tensor]]] = {
     "linear": linear,
     "one row": lambda: linear(1),
     "sequence": lambda: (nn.Linear(32, 32, bias=False), torch.randn(2, 5, 32)),
+    "rows that fill vectors": lambda: linear(16),
     "conv": convolution,
+    "images that fill vectors": lambda: (nn.Conv2d(32, 64, 3, padding=1), torch.randn(8, 32, 7, 7)),
+    "strided images that fill vectors": lambda: (nn.Conv2d(32, 64, 3, stride=2), torch.randn(24, 32, 7, 7)),
     "strided conv": lambda: convolution(stride=2, padding=1, bias=False),
     "same conv": lambda: convolution(padding="same", padding_mode="circular"),
     "pointwise": lambda: (nn.Conv2d(32, 32, 1), torch.randn(2, 32, 5, 5)),
@@ -383,11 +389,14 @@ def test_who_refuses_what() -> None:
     refused: dict[str, set[str]] = {}
     for kernel in KERNELS:
         refused[kernel.name] = {name for name in SAMPLES if (kernel, name) not in RUNNING}
-    linear, grouped = {"linear", "one row", "sequence"}, {"depthwise", "grouped"}
+    linear, grouped = {"linear", "one row", "sequence", "rows that fill vectors"}, {"depthwise", "grouped"}
+    filling = {name for name in SAMPLES if "fill vectors" in name}
     assert refused == {
         "dense": set(),
         "dense-nhwc": linear,
+        "dense-chwn": (set(SAMPLES) - filling) | linear,
         "simd": set() if kernels.native.unavailable() is None else set(SAMPLES),
+        "simd-chwn": set(SAMPLES) - (filling if kernels.native.unavailable() is None else set()),
         "csr": grouped,
         **{f"bsr-{size}": grouped for size in (2, 4, 8, 16, 32)},
         "shrunk": {"grouped"},
@@ -412,10 +421,10 @@ def test_is_a_value_with_a_known_layout(kernel: LayerKernel) -> None:
 @every
 def test_reasons_name_what_does_not_fit(kernel: LayerKernel) -> None:
     named = {
-        Workload("linear", 1, 30, 34): ("30", "34", "linear"),
-        Workload("conv2d", 1, 34, 30, (4, 4), (4, 4)): ("34", "30", "conv2d"),
-        Workload("conv2d", 1, 36, 36, (4, 4), (4, 4), groups=3): ("3 groups", "36", "conv2d"),
-        Workload("conv2d", 1, 32, 32, (4, 4), (4, 4), groups=32): ("32 groups", "conv2d"),
+        Workload("linear", 9, 30, 34): ("30", "34", "linear", "of 9"),
+        Workload("conv2d", 9, 34, 30, (4, 4), (4, 4)): ("34", "30", "conv2d", "of 9"),
+        Workload("conv2d", 9, 36, 36, (4, 4), (4, 4), groups=3): ("3 groups", "36", "conv2d", "of 9"),
+        Workload("conv2d", 9, 32, 32, (4, 4), (4, 4), groups=32): ("32 groups", "conv2d", "of 9"),
     }
     for work, values in named.items():
         for dtype in (torch.float32, torch.float16, torch.int8):

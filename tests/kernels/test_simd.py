@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_prune.kernels import SIMD, Workload, measured_occupancy, native, simd, simd_plan
+from lightning_prune.kernels import CHWN, NCHW, SIMD, Workload, measured_occupancy, native, simd, simd_plan
+from lightning_prune.kernels.batch_last import arranged, batch_last, fills_vectors
 from lightning_prune.kernels.simd import SparseLayer
 from lightning_prune.kernels.simd_plan import Settings, candidates, choose, estimate, least
 from tests.latency.profiles import workload_of
@@ -66,9 +67,8 @@ def layers(draw: Any) -> tuple[nn.Linear | nn.Conv2d, Tensor]:
             for w, d, p in zip(window, dilation, padding, strict=True)
         ]
         x = torch.randn(batch, inputs, size[0], 2 * size[1], generator=generator)[..., ::2]
-    x = draw(
-        st.sampled_from([x, x.contiguous(), x.contiguous().to(memory_format=torch.channels_last) if x.ndim == 4 else x])
-    )
+    ways_to_lie = [x, x.contiguous(), batch_last(x)]
+    x = draw(st.sampled_from([*ways_to_lie, *([x.to(memory_format=torch.channels_last)] if x.ndim == 4 else [])]))
     kept = torch.rand(layer.weight.shape, generator=generator) < draw(st.sampled_from([0.0, 0.02, 0.1, 0.5, 1.0]))
     kept[torch.rand(len(kept), generator=generator) < draw(st.sampled_from([0.0, 0.3]))] = False
     with torch.no_grad():
@@ -77,17 +77,22 @@ def layers(draw: Any) -> tuple[nn.Linear | nn.Conv2d, Tensor]:
 
 
 @st.composite
-def ways(draw: Any, work: Workload) -> Settings:
+def ways(draw: Any, work: Workload, layout: str) -> Settings:
     """Any settings that the library takes for a call."""
-    woven = work.kind != "linear" and (not work.pointwise or draw(st.booleans()))
+    last = False
+    if layout == CHWN and fills_vectors(work.batch):
+        work, last = arranged(work, native.library().lanes)
+    woven = last or (work.kind != "linear" and (not work.pointwise or draw(st.booleans())))
     lanes = [lanes for lanes in (1, 4, 8, 16) if lanes <= native.library().lanes and (lanes > 1 or not woven)]
+    if last:
+        lanes = [lanes for lanes in lanes if work.batch % lanes == 0]
     rows = draw(st.integers(1, 2)) if woven else 1
     return Settings(
         draw(st.sampled_from(lanes)),
         int(woven),
         rows,
         draw(st.integers(1, 14 // rows)),
-        draw(st.integers(1, 20)) if woven else 1,
+        draw(st.integers(1, 20)) if woven and not last else 1,
         draw(st.integers(1, 30)),
         draw(st.integers(1, 20)),
     )
@@ -96,22 +101,23 @@ def ways(draw: Any, work: Workload) -> Settings:
 @settings(max_examples=250)
 @given(data=st.data())
 def test_all_ways_give_the_same(data: st.DataObject) -> None:
-    layer, x = data.draw(layers())
-    way, relu = data.draw(ways(workload_of(layer, x))), data.draw(st.booleans())
-    built = SparseLayer(layer)
+    (layer, x), layout = data.draw(layers()), data.draw(st.sampled_from([NCHW, CHWN]))
+    way, relu = data.draw(ways(workload_of(layer, x), layout)), data.draw(st.booleans())
+    built = SparseLayer(layer, layout)
     built.relu = relu
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(simd, "choose", lambda *_: way)
         y = built(x)
     assert close(y, layer, x, relu), way
+    assert y.stride() == (batch_last(y) if layout == CHWN else y.contiguous()).stride()
     assert bool(getattr(y, "rectified", False)) == relu
 
 
 @settings(max_examples=60)
-@given(case=layers(), count=st.integers(2, 4))
-def test_threads_change_nothing(case: tuple[nn.Linear | nn.Conv2d, Tensor], count: int) -> None:
+@given(case=layers(), count=st.integers(2, 4), layout=st.sampled_from([NCHW, CHWN]))
+def test_threads_change_nothing(case: tuple[nn.Linear | nn.Conv2d, Tensor], count: int, layout: str) -> None:
     layer, x = case
-    built, before = SparseLayer(layer), torch.get_num_threads()
+    built, before = SparseLayer(layer, layout), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         alone = built(x)
@@ -152,22 +158,29 @@ WORKS = [
 ]
 
 
-@pytest.mark.parametrize("work", WORKS, ids=str)
-def test_what_is_chosen_fits_and_is_the_least(work: Workload) -> None:
+LYING = [(work, NCHW) for work in WORKS] + [(work, CHWN) for work in WORKS if fills_vectors(work.batch)]
+LYING.append((Workload("conv2d", 16, 3, 40, (15, 21), (8, 11), (3, 3), (2, 2), (1, 1)), CHWN))
+LYING.append((Workload("conv2d", 64, 24, 40, (9, 9), (9, 9), (3, 3), padding=(1, 1)), CHWN))
+
+
+@pytest.mark.parametrize(("meant", "layout"), LYING, ids=str)
+def test_what_is_chosen_fits_and_is_the_least(meant: Workload, layout: str) -> None:
+    work, last = arranged(meant, simd_plan.widest()) if layout == CHWN else (meant, False)
+    assert (work.macs, work.input_elements) == (meant.macs, meant.input_elements)
     density, living = np.array([1.0, 0.5, 0.1, 0.01, 0.0]), np.array([1.0, 1.0, 0.8, 0.1, 0.0])
-    done, channels, band = estimate(work, density, living)
-    count = len(candidates(work)[0])
+    done, channels, band = estimate(work, density, living, last)
+    count = len(candidates(work, last)[0])
     assert done.cycles.shape == channels.shape == band.shape == (count, len(density))
     assert np.isfinite(done.cycles).all()
     assert min(part.min() for part in (done.compute, done.visits, done.copied, done.written)) >= 0
-    assert least(work, density, living).cycles == pytest.approx(done.cycles.min(0))
-    assert (np.diff(least(work, density, np.ones(5)).compute) <= 0).all()
-    layer = work.layer().requires_grad_(False)
+    assert least(work, density, living, last).cycles == pytest.approx(done.cycles.min(0))
+    assert (np.diff(least(work, density, np.ones(5), last).compute) <= 0).all()
+    layer = meant.layer().requires_grad_(False)
     for share, alive in zip(density, living, strict=True):
-        way = choose(work, share, alive)
+        way = choose(work, share, alive, last)
         assert way.rows * way.columns <= 14
         layer.weight.normal_().mul_(torch.rand_like(layer.weight) < share)
-        built, x = SparseLayer(layer), torch.randn(work.input_shape())
+        built, x = SparseLayer(layer, layout), torch.randn(meant.input_shape())
         assert close(built(x), layer, x)
 
 
@@ -205,10 +218,10 @@ def test_remembers_some_shapes() -> None:
 
 
 def test_planning_uses_the_lanes_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert simd_plan._widest() == native.library().lanes
+    assert simd_plan.widest() == native.library().lanes
     for capability, lanes in (("AVX512", 16), ("AVX2", 8), ("DEFAULT", 4), ("NO AVX", 4)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda value=capability: value)
-        assert simd_plan._widest() == lanes
+        assert simd_plan.widest() == lanes
 
 
 def test_rectifies_like_pytorch() -> None:

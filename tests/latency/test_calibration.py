@@ -338,8 +338,9 @@ def test_a_kernel_that_needs_no_zeros_may_be_much_faster() -> None:
     model, example = nn.Sequential(nn.Linear(1024, 1024), nn.Linear(1024, 1024)), torch.randn(64, 1024)
     network = quick(model, example, kernels=(Int8(), Shrunk()), rounds=2).network(layer_table(model, example))
     assert network is not None
-    # Linear layers know no layout: networks of either count the same passes.
-    assert network.passes["nchw"] == network.passes["nhwc"] != ()
+    # Linear layers know no layout, and neither kernel is for batches that lie last.
+    assert set(network.passes) == set(network.dense_s) == {"nchw"}
+    assert network.passes["nchw"] != ()
 
 
 def test_an_interrupt_loses_no_passes(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ Plan::Plan(const Shape& shape, const Weights& weights, bool relu, const Settings
   const int64_t lanes = settings.lanes;
   const bool known = lanes == 4 || (lanes == 8 && kWidest >= 8) || (lanes == 16 && kWidest >= 16);
   if ((!known && (lanes != 1 || !flat_)) || (flat_ && (!pointwise || settings.rows != 1 || settings.strips != 1)) ||
-      (s.linear && !flat_) || settings.rows < 1 || settings.rows > 2 || settings.columns < 1 ||
+      (s.linear && !flat_) || (s.batch_last && (flat_ || settings.strips != 1 || s.batch % lanes != 0)) || settings.rows < 1 || settings.rows > 2 || settings.columns < 1 ||
       settings.rows * settings.columns > kMostVectors || settings.strips < 1 || settings.channels < 1 ||
       settings.band < 1)
     throw std::invalid_argument("these settings do not fit the layer");
@@ -307,8 +307,45 @@ void Plan::pack_woven(const float* input, const Task& task, const Block& block, 
   }
 }
 
+// The same of images that lie woven already.
+template <int lanes>
+void Plan::pack_batch_last(const float* input, const Task& task, const Block& block, float* panel) const {
+  using V = Vector<lanes>;
+  const Shape& s = shape_;
+  const Tile first = tile(task.first_tile), last = tile(task.first_tile + task.tiles - 1);
+  const int64_t reach = (s.window_y - 1) * s.dilate_y + 1;
+  const int64_t rows = (last.row + last.rows - first.row - 1) * s.stride_y + reach;
+  const int64_t wide = pitch_ / lanes, left = std::min(s.pad_x, wide);
+  const int64_t size = std::max<int64_t>(0, std::min(s.width, wide - left));
+  const int64_t start = first.row * s.stride_y - s.pad_y;
+  for (size_t c = 0; c < block.channels.size(); ++c) {
+    float* to = panel + static_cast<int64_t>(c) * channel_;
+    for (int64_t q = 0; q < rows; ++q, to += pitch_) {
+      const int64_t row = start + q;
+      if (row < 0 || row >= s.height) {
+        clear<kWidest>(to, pitch_);
+        continue;
+      }
+      if (left > 0) clear<kWidest>(to, left * lanes);
+      const float* from = input + (block.channels[c] * s.height + row) * s.width * s.batch + task.strip;
+      if (s.batch == lanes)
+        copy<kWidest>(to + left * lanes, from, size * lanes);
+      else
+        for (int64_t x = 0; x < size; ++x) V::store(to + (left + x) * lanes, V::load(from + x * s.batch));
+      if (left + size < wide) clear<kWidest>(to + (left + size) * lanes, (wide - left - size) * lanes);
+    }
+  }
+}
+
 void Plan::pack(const float* input, const Task& task, const Block& block, float* panel, const float* zeros) const {
   if (flat_) return pack_flat(input, task, block, panel);
+  if (shape_.batch_last) {
+    if (settings_.lanes == 4) return pack_batch_last<4>(input, task, block, panel);
+    if constexpr (kWidest >= 8)
+      if (settings_.lanes == 8) return pack_batch_last<8>(input, task, block, panel);
+    if constexpr (kWidest >= 16) return pack_batch_last<16>(input, task, block, panel);
+    return;
+  }
   if (settings_.lanes == 4) return pack_woven<4>(input, task, block, panel, zeros);
   if constexpr (kWidest >= 8)
     if (settings_.lanes == 8) return pack_woven<8>(input, task, block, panel, zeros);
@@ -324,7 +361,7 @@ void Plan::filters(const Target& target) const {
   // Each row of the tile has a base of its own, so that addresses are a base, an offset and a constant.
   const float *const above = target.panel, *const below = above + skip_;
   const int64_t step = stride > 0 ? stride * lanes : step_;
-  const int64_t pixels = shape_.out_height * shape_.out_width;
+  const int64_t pixels = shape_.out_height * shape_.out_width * (shape_.batch_last ? shape_.batch : 1);
   const auto all_zero = V::all(0.0f);
   const std::vector<Filter>& all_filters = target.block->filters;
   for (size_t n = 0; n < all_filters.size(); ++n) {
@@ -369,6 +406,12 @@ void Plan::filters(const Target& target) const {
     }
     if (flat_ && target.length == size) {
       for (int v = 0; v < vectors; ++v) V::store(to + v * lanes, total[0][v]);
+      continue;
+    }
+    if (shape_.batch_last) {
+      for (int r = 0; r < rows; ++r)
+        for (int c = 0; c < columns; ++c)
+          V::store(to + target.places[r] + c * shape_.batch, total[0][r * columns + c]);
       continue;
     }
     float done[size];
@@ -443,6 +486,11 @@ int64_t Plan::place(const Task& task, const Tile& tile, int64_t* places) const {
   if (flat_) {
     places[0] = task.strip * image + tile.column * lanes;
     return std::min(tile.columns * lanes, s.out_width - tile.column * lanes);
+  }
+  if (s.batch_last) {
+    for (int64_t r = 0; r < tile.rows; ++r)
+      places[r] = ((tile.row + r) * s.out_width + tile.column) * s.batch + task.strip;
+    return 0;
   }
   for (int64_t r = 0; r < tile.rows; ++r)
     for (int64_t l = 0; l < lanes; ++l) {

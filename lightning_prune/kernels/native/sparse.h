@@ -7,7 +7,8 @@
 //
 // The numbers of a vector are neighbours in memory (flat) where pixels have no neighbours that matter: in linear layers
 // and 1x1 convolutions. Otherwise (woven) they are of equal place in as many images, or strips of images, so that a step
-// to the next pixel is one to the next vector.
+// to the next pixel is one to the next vector. Activations may lie so that images are woven already: then rows are
+// copied as they are, and results stored as they come.
 #pragma once
 
 #include <cstdint>
@@ -40,6 +41,7 @@ struct Shape {
   int64_t batch, inputs, height, width;
   int64_t outputs, out_height, out_width;
   int64_t window_y, window_x, stride_y, stride_x, pad_y, pad_x, dilate_y, dilate_x;
+  bool batch_last;  // whether images lie woven already: channel, row, column, image
 };
 
 // The weights that are left, filter by filter: `starts[outputs + 1]` says where each filter's begin; `taps` counts
@@ -103,6 +105,8 @@ class Plan {
   void pack_flat(const float* input, const Task& task, const Block& block, float* panel) const;
   template <int lanes>
   void pack_woven(const float* input, const Task& task, const Block& block, float* panel, const float* zeros) const;
+  template <int lanes>
+  void pack_batch_last(const float* input, const Task& task, const Block& block, float* panel) const;
   void work(const Task& task, const float* input, float* output) const;
   int64_t place(const Task& task, const Tile& tile, int64_t* places) const;
   template <int lanes>
