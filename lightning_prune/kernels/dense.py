@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from lightning_prune.kernels.batch_last import FILLS, BatchLast, fills_vectors
+from lightning_prune.kernels.batch_last import BatchLast, refused
 from lightning_prune.kernels.kernel import CHWN, LAYOUTS, NCHW, NHWC, LayerKernel, octaves, shape_coordinates
 from lightning_prune.kernels.occupancy import Occupancy
 from lightning_prune.kernels.workload import Workload
@@ -36,12 +36,10 @@ class Dense(LayerKernel):
         return "dense" if self.layout == NCHW else f"dense-{self.layout}"
 
     def refuses(self, work: Workload, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Linear layers in other layouts than the first, which they share, and batches that do not fill vectors."""
+        """Linear layers in other layouts than the first, which they share, and batches that cannot lie last."""
         if self.layout != NCHW and work.kind == "linear":
             return "a linear layer has no memory layout: kernel 'dense' runs it in every network"
-        if self.layout == CHWN and not fills_vectors(work.batch):
-            return f"only batches of a multiple of {FILLS} lie last, not of {work.batch}"
-        return None
+        return refused(work) if self.layout == CHWN else None
 
     def build(self, layer: nn.Linear | nn.Conv2d) -> nn.Module:
         """A copy of the layer with its weight in the layout."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_prune.kernels import native
-from lightning_prune.kernels.batch_last import FILLS, arranged, fills_vectors
+from lightning_prune.kernels.batch_last import arranged, lies_last, refused
 from lightning_prune.kernels.kernel import CHWN, NCHW, LayerKernel, octaves, shape_coordinates
 from lightning_prune.kernels.occupancy import Occupancy
 from lightning_prune.kernels.simd_plan import choose, least, too_wide, widest
@@ -94,14 +94,14 @@ class SparseLayer(nn.Module):
         work = self._workload(x)
         living = len(torch.unique(self.taps // work.taps)) / work.inputs
         out = [work.batch, work.outputs, *(() if self.linear else work.output_size)]
-        last, woven = self.layout == CHWN and fills_vectors(work.batch), False
+        last, beside = self.layout == CHWN and lies_last(work.batch, images=not self.linear), 0
         if last:
-            work, woven = arranged(work, widest())
-        settings = choose(work, len(self.values) / work.weights, living, woven)
+            work, beside = arranged(work, widest())
+        settings = choose(work, len(self.values) / work.weights, living, beside > 0)
         sizes = [work.batch, work.inputs, *work.input_size, work.outputs, *work.output_size, *work.window]
-        sizes += [*work.stride, *work.padding, *work.dilation]
+        sizes += [*work.stride, *work.padding, *work.dilation, beside]
         weights = (self.starts, self.taps, self.values, self.bias, self.relu)
-        plan = native.library().Layer(work.kind == "linear", last, woven, out, sizes, *weights, settings.as_list())
+        plan = native.library().Layer(work.kind == "linear", last, out, sizes, *weights, settings.as_list())
         while len(self._plans) >= _MOST_PLANS:
             self._plans.pop(next(iter(self._plans)), None)
         self._plans[x.shape] = plan
@@ -164,7 +164,7 @@ class SIMD(LayerKernel):
     The C++ behind it is built on the first use, for the machine at hand.
 
     Args:
-        layout: "nchw", or "chwn" for batches that fill vectors; there, linear layers lie likewise, features first.
+        layout: "nchw", or "chwn" for batches that can lie last; there, linear layers lie likewise, features first.
 
     Raises:
         ValueError: it runs in no such layout.
@@ -189,9 +189,10 @@ class SIMD(LayerKernel):
             return f"the SIMD kernels run on the CPU, not on {device.type} devices"
         if dtype != torch.float32:
             return f"the SIMD kernels are for float32, not {dtype}"
-        if self.layout == CHWN and not fills_vectors(work.batch):
-            return f"only batches of a multiple of {FILLS} lie last, not of {work.batch}"
-        return too_wide(*self._arranged(work)) or native.unavailable()
+        if self.layout == CHWN and (reason := refused(work)):
+            return reason
+        call, beside = self._arranged(work)
+        return too_wide(call, beside > 0) or native.unavailable()
 
     def build(self, layer: nn.Linear | nn.Conv2d) -> nn.Module:
         """The layer without its zeros."""
@@ -201,8 +202,8 @@ class SIMD(LayerKernel):
         """Guessed cycles of each of its steps, with the settings it would choose, and traffic."""
         density = left.density.double()
         living = _living(work, left).expand_as(density)
-        call, woven = self._arranged(work)
-        done = least(call, density.numpy().reshape(-1), living.numpy().reshape(-1), woven)
+        call, beside = self._arranged(work)
+        done = least(call, density.numpy().reshape(-1), living.numpy().reshape(-1), beside > 0)
 
         def like_density(values: np.ndarray[Any, Any]) -> Tensor:
             return torch.from_numpy(values).view(density.shape)
@@ -218,10 +219,9 @@ class SIMD(LayerKernel):
             "output": float(work.output_elements),
         }
 
-    def _arranged(self, work: Workload) -> tuple[Workload, bool]:
-        """The call that the library runs; batches that fill no vectors lie as they do in "nchw"."""
-        last = self.layout == CHWN and fills_vectors(work.batch)
-        return arranged(work, widest()) if last else (work, False)
+    def _arranged(self, work: Workload) -> tuple[Workload, int]:
+        """The call that the library runs; batches that cannot lie last lie as they do in "nchw"."""
+        return arranged(work, widest()) if self.layout == CHWN and not refused(work) else (work, 0)
 
     def coordinates(self, work: Workload, left: Occupancy) -> dict[str, Tensor | float]:
         """The shape, the share that is left and how many weights that is."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lightning_prune.kernels import CHWN, LAYOUTS, NHWC, Dense, LayerKernel, Workload
-from lightning_prune.kernels.batch_last import batch_last, fills_vectors
+from lightning_prune.kernels.batch_last import batch_last, refused
 from lightning_prune.latency.context import Sequenced
 from lightning_prune.latency.fitted import fitted_cost, held_out_errors, summary
 from lightning_prune.latency.machine import Machine
@@ -303,7 +303,7 @@ def _parts(shapes: Sequence[Workload]) -> list[list[Workload]]:
 
 def _lies(work: Workload, layout: str) -> bool:
     """Whether the activations of a layer can lie in a layout of their own."""
-    return fills_vectors(work.batch) if layout == CHWN else layout != NHWC or work.kind == "conv2d"
+    return refused(work) is None if layout == CHWN else layout != NHWC or work.kind == "conv2d"
 
 
 def _is_dense(measurement: Measurement, layout: str) -> bool:

@@ -201,7 +201,7 @@ SAMPLES: dict[str, Callable[[], tuple[Layer, Tensor]]] = {
     "rows that fill vectors": lambda: linear(16),
     "conv": convolution,
     "images that fill vectors": lambda: (nn.Conv2d(32, 64, 3, padding=1), torch.randn(8, 32, 7, 7)),
-    "strided images that fill vectors": lambda: (nn.Conv2d(32, 64, 3, stride=2), torch.randn(24, 32, 7, 7)),
+    "strided images that fill vectors": lambda: (nn.Conv2d(32, 64, 3, stride=2), torch.randn(16, 32, 7, 7)),
     "strided conv": lambda: convolution(stride=2, padding=1, bias=False),
     "same conv": lambda: convolution(padding="same", padding_mode="circular"),
     "pointwise": lambda: (nn.Conv2d(32, 32, 1), torch.randn(2, 32, 5, 5)),

@@ -80,7 +80,9 @@ bool right(const Shape& s, const Settings& t) {
   kept.shrink_to_fit(), values.shrink_to_fit(), starts.shrink_to_fit();
   // Where a number lies: at image, channel, row and column of so many channels, rows and columns.
   auto at = [&](int64_t n, int64_t c, int64_t y, int64_t x, int64_t channels, int64_t rows, int64_t columns) {
-    return s.batch_last ? ((c * rows + y) * columns + x) * s.batch + n : ((n * channels + c) * rows + y) * columns + x;
+    if (!s.beside) return ((n * channels + c) * rows + y) * columns + x;
+    const int64_t pixel = (c * rows + y) * (columns / s.beside) + x / s.beside;
+    return ((pixel * (s.batch / t.lanes) + n / t.lanes) * s.beside + x % s.beside) * t.lanes + n % t.lanes;
   };
   const int64_t in_size = s.batch * s.inputs * s.height * s.width;
   const int64_t out_size = s.batch * s.outputs * s.out_height * s.out_width;
@@ -125,18 +127,21 @@ int main(int, char** arguments) {
   for (long i = 0, count = std::atol(arguments[1]); i < count; ++i) {
     Shape s = random_shape();
     Settings t = random_settings(s);
-    if (t.woven && draw(0, 1) == 0) s.batch_last = true, s.batch = t.lanes * draw(1, 3), t.strips = 1;
+    if (t.woven && draw(0, 1) == 0) {  // rows, padding and dilation in vectors, as few or many lie beside each other
+      s.beside = s.stride_x == 1 ? draw(1, 3) : 1, s.batch = t.lanes * draw(1, 3), t.strips = 1;
+      s.width *= s.beside, s.out_width *= s.beside, s.pad_x *= s.beside, s.dilate_x *= s.beside;
+    }
     if (right(s, t)) continue;
     std::printf("linear %d, %ld images of %ldx%ldx%ld to %ldx%ldx%ld, window %ldx%ld, stride %ldx%ld, padding %ldx%ld, "
-                "dilation %ldx%ld; lanes %ld woven %ld last %d rows %ld columns %ld strips %ld channels %ld band %ld\n",
+                "dilation %ldx%ld; lanes %ld woven %ld beside %ld rows %ld columns %ld strips %ld channels %ld band %ld\n",
                 s.linear, long(s.batch), long(s.inputs), long(s.height), long(s.width), long(s.outputs),
                 long(s.out_height), long(s.out_width), long(s.window_y), long(s.window_x), long(s.stride_y),
                 long(s.stride_x), long(s.pad_y), long(s.pad_x), long(s.dilate_y), long(s.dilate_x), long(t.lanes),
-                long(t.woven), s.batch_last, long(t.rows), long(t.columns), long(t.strips), long(t.channels), long(t.band));
+                long(t.woven), long(s.beside), long(t.rows), long(t.columns), long(t.strips), long(t.channels), long(t.band));
     return 1;
   }
   int refused = 0;
-  const Shape s{false, 1, 2, 4, 4, 2, 4, 4, 3, 3, 1, 1, 1, 1, 1, 1, false};
+  const Shape s{false, 1, 2, 4, 4, 2, 4, 4, 3, 3, 1, 1, 1, 1, 1, 1, 0};
   const int64_t starts[] = {0, 0, 0};
   for (const Settings& t : {Settings{1, 1, 1, 4, 1, 2, 1}, Settings{4, 0, 1, 4, 1, 2, 1}, Settings{4, 1, 3, 2, 1, 2, 1},
                             Settings{4, 1, 2, 8, 1, 2, 1}, Settings{4, 1, 1, 0, 1, 2, 1}, Settings{4, 1, 1, 4, 0, 2, 1},
@@ -147,7 +152,7 @@ int main(int, char** arguments) {
       ++refused;
     }
   Shape last = s;
-  last.batch_last = true;
+  last.beside = 1;
   for (const Settings& t : {Settings{4, 1, 1, 4, 1, 2, 1}, Settings{4, 1, 1, 4, 2, 2, 1}, Settings{4, 0, 1, 4, 1, 2, 1}})
     try {
       last.batch = t.strips == 1 ? 6 : 4;  // no whole vectors, or strips that images lying so are not cut into

@@ -133,6 +133,10 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 }  // namespace
 
+void lay_batch_last(const float* from, float* to, int64_t batch, int64_t size) {
+  transpose<16>([&](int64_t c) { return to + c * batch; }, [&](int64_t r) { return from + r * size; }, batch, size);
+}
+
 Plan::Plan(const Shape& shape, const Weights& weights, bool relu, const Settings& settings)
     : shape_(shape), relu_(relu), flat_(!settings.woven), settings_(settings) {
   Shape& s = shape_;
@@ -141,7 +145,7 @@ Plan::Plan(const Shape& shape, const Weights& weights, bool relu, const Settings
   const int64_t lanes = settings.lanes;
   const bool known = lanes == 4 || (lanes == 8 && kWidest >= 8) || (lanes == 16 && kWidest >= 16);
   if ((!known && (lanes != 1 || !flat_)) || (flat_ && (!pointwise || settings.rows != 1 || settings.strips != 1)) ||
-      (s.linear && !flat_) || (s.batch_last && (flat_ || settings.strips != 1 || s.batch % lanes != 0)) || settings.rows < 1 || settings.rows > 2 || settings.columns < 1 ||
+      (s.linear && !flat_) || (s.beside && (flat_ || settings.strips != 1 || s.batch % lanes != 0 || s.width % s.beside != 0)) || settings.rows < 1 || settings.rows > 2 || settings.columns < 1 ||
       settings.rows * settings.columns > kMostVectors || settings.strips < 1 || settings.channels < 1 ||
       settings.band < 1)
     throw std::invalid_argument("these settings do not fit the layer");
@@ -317,7 +321,7 @@ void Plan::pack_batch_last(const float* input, const Task& task, const Block& bl
   const int64_t rows = (last.row + last.rows - first.row - 1) * s.stride_y + reach;
   const int64_t wide = pitch_ / lanes, left = std::min(s.pad_x, wide);
   const int64_t size = std::max<int64_t>(0, std::min(s.width, wide - left));
-  const int64_t start = first.row * s.stride_y - s.pad_y;
+  const int64_t start = first.row * s.stride_y - s.pad_y, pixel = s.batch * s.beside, wanted = s.beside * lanes;
   for (size_t c = 0; c < block.channels.size(); ++c) {
     float* to = panel + static_cast<int64_t>(c) * channel_;
     for (int64_t q = 0; q < rows; ++q, to += pitch_) {
@@ -328,10 +332,11 @@ void Plan::pack_batch_last(const float* input, const Task& task, const Block& bl
       }
       if (left > 0) clear<kWidest>(to, left * lanes);
       const float* from = input + (block.channels[c] * s.height + row) * s.width * s.batch + task.strip;
-      if (s.batch == lanes)
+      if (pixel == wanted)
         copy<kWidest>(to + left * lanes, from, size * lanes);
       else
-        for (int64_t x = 0; x < size; ++x) V::store(to + (left + x) * lanes, V::load(from + x * s.batch));
+        for (float *at = to + left * lanes, *end = at + size * lanes; at < end; at += wanted, from += pixel)
+          for (int64_t i = 0; i < wanted; i += lanes) V::store(at + i, V::load(from + i));
       if (left + size < wide) clear<kWidest>(to + (left + size) * lanes, (wide - left - size) * lanes);
     }
   }
@@ -339,7 +344,7 @@ void Plan::pack_batch_last(const float* input, const Task& task, const Block& bl
 
 void Plan::pack(const float* input, const Task& task, const Block& block, float* panel, const float* zeros) const {
   if (flat_) return pack_flat(input, task, block, panel);
-  if (shape_.batch_last) {
+  if (shape_.beside) {
     if (settings_.lanes == 4) return pack_batch_last<4>(input, task, block, panel);
     if constexpr (kWidest >= 8)
       if (settings_.lanes == 8) return pack_batch_last<8>(input, task, block, panel);
@@ -361,7 +366,7 @@ void Plan::filters(const Target& target) const {
   // Each row of the tile has a base of its own, so that addresses are a base, an offset and a constant.
   const float *const above = target.panel, *const below = above + skip_;
   const int64_t step = stride > 0 ? stride * lanes : step_;
-  const int64_t pixels = shape_.out_height * shape_.out_width * (shape_.batch_last ? shape_.batch : 1);
+  const int64_t pixels = shape_.out_height * shape_.out_width * (shape_.beside ? shape_.batch : 1);
   const auto all_zero = V::all(0.0f);
   const std::vector<Filter>& all_filters = target.block->filters;
   for (size_t n = 0; n < all_filters.size(); ++n) {
@@ -408,10 +413,8 @@ void Plan::filters(const Target& target) const {
       for (int v = 0; v < vectors; ++v) V::store(to + v * lanes, total[0][v]);
       continue;
     }
-    if (shape_.batch_last) {
-      for (int r = 0; r < rows; ++r)
-        for (int c = 0; c < columns; ++c)
-          V::store(to + target.places[r] + c * shape_.batch, total[0][r * columns + c]);
+    if (shape_.beside) {
+      for (int v = 0; v < vectors; ++v) V::store(to + target.places[v], total[0][v]);
       continue;
     }
     float done[size];
@@ -487,9 +490,12 @@ int64_t Plan::place(const Task& task, const Tile& tile, int64_t* places) const {
     places[0] = task.strip * image + tile.column * lanes;
     return std::min(tile.columns * lanes, s.out_width - tile.column * lanes);
   }
-  if (s.batch_last) {
-    for (int64_t r = 0; r < tile.rows; ++r)
-      places[r] = ((tile.row + r) * s.out_width + tile.column) * s.batch + task.strip;
+  if (s.beside) {
+    for (int64_t v = 0; v < tile.rows * tile.columns; ++v) {
+      const int64_t row = tile.row + v / tile.columns, column = tile.column + v % tile.columns;
+      const int64_t pixel = row * (s.out_width / s.beside) + column / s.beside;
+      places[v] = pixel * s.batch * s.beside + task.strip + column % s.beside * lanes;
+    }
     return 0;
   }
   for (int64_t r = 0; r < tile.rows; ++r)
@@ -514,7 +520,7 @@ void Plan::work(const Task& task, const float* input, float* output) const {
   float* zeros = sums + sums_size;
   if (s.pad_y > 0) std::fill(zeros, zeros + s.width, 0.0f);
   const Tile first = tile(task.first_tile);
-  int64_t places[2 * kWidest];
+  int64_t places[std::max(2 * kWidest, kMostVectors)];
   for (const Block& block : blocks_) {
     pack(input, task, block, panel, zeros);
     for (int64_t i = 0; i < task.tiles; ++i) {
@@ -543,7 +549,8 @@ void Plan::work(const Task& task, const float* input, float* output) const {
 }
 
 void Plan::run(const float* input, float* output, int64_t threads, const ParallelFor& parallel) const {
-  const int64_t strips = shape_.batch * settings_.strips, together = flat_ ? 1 : settings_.lanes;
+  const int64_t beside = std::max<int64_t>(1, shape_.beside), strips = shape_.batch * beside * settings_.strips;
+  const int64_t together = flat_ ? 1 : settings_.lanes * beside;
   const int64_t groups = ceil_div(strips, together), bands = ceil_div(tiles_, settings_.band);
   // Where there are fewer bands than threads, threads share the filters of a band.
   const int64_t parts = std::min(shape_.outputs, ceil_div(threads, groups * bands));

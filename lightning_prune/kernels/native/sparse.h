@@ -35,13 +35,18 @@ constexpr int64_t kMostNumbers = 2 * 65536;
 // Calls its second argument with ranges that together cover [0, tasks).
 using ParallelFor = std::function<void(int64_t tasks, const std::function<void(int64_t, int64_t)>&)>;
 
+// Brings images, `[batch, size]`, to lie with the batch last, `[size, batch]`.
+void lay_batch_last(const float* from, float* to, int64_t batch, int64_t size);
+
 // One layer call. A linear layer has images of one pixel and a window of one.
 struct Shape {
   bool linear;
   int64_t batch, inputs, height, width;
   int64_t outputs, out_height, out_width;
   int64_t window_y, window_x, stride_y, stride_x, pad_y, pad_x, dilate_y, dilate_x;
-  bool batch_last;  // whether images lie woven already: channel, row, column, image
+  // Vectors that lie side by side for each pixel if images lie woven already: channel, row, column, image. Rows, padding
+  // and dilation then count vectors, and the batch is of so many times more images. Otherwise 0.
+  int64_t beside;
 };
 
 // The weights that are left, filter by filter: `starts[outputs + 1]` says where each filter's begin; `taps` counts
@@ -92,7 +97,7 @@ class Plan {
     const float* panel;
     float* sums;     // of each filter, so far
     float* output;   // of the image, or of the flat tile
-    const int64_t* places;  // from there on of each row and lane, -1 for none
+    const int64_t* places;  // from there on of each row and lane, -1 for none; of each vector if images lie woven
     int64_t length;         // of flat results
     int32_t first_output, end_output;
   };
