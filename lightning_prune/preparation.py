@@ -184,7 +184,9 @@ def run_in_layout(network: nn.Module, inputs: Any, layout: str) -> Any:
 
 def outputs_in_layout(outputs: Any, layout: str) -> Any:
     """Outputs of a network in a layout as they are handed on: not with the batch last, which nobody expects."""
-    return tree_map_only(Tensor, Tensor.contiguous, outputs) if layout == CHWN else outputs
+    if layout != CHWN:
+        return outputs
+    return outputs.contiguous() if isinstance(outputs, Tensor) else tree_map_only(Tensor, Tensor.contiguous, outputs)
 
 
 def inputs_in_layout(inputs: Any, layout: str) -> Any:

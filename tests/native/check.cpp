@@ -78,6 +78,7 @@ bool right(const Shape& s, const Settings& t) {
     starts.push_back(static_cast<int64_t>(kept.size()));
   }
   kept.shrink_to_fit(), values.shrink_to_fit(), starts.shrink_to_fit();
+  const bool rows_in = s.linear || (!t.woven && s.batch == 1 && draw(0, 1));
   // Where a number lies: at image, channel, row and column of so many channels, rows and columns.
   auto at = [&](int64_t n, int64_t c, int64_t y, int64_t x, int64_t channels, int64_t rows, int64_t columns) {
     if (!s.beside) return ((n * channels + c) * rows + y) * columns + x;
@@ -96,7 +97,7 @@ bool right(const Shape& s, const Settings& t) {
   const ParallelFor backwards = [](int64_t tasks, const std::function<void(int64_t, int64_t)>& work) {
     for (int64_t end = tasks; end > 0; end -= 2) work(std::max<int64_t>(0, end - 2), end);
   };
-  plan.run(input.get(), output.get(), draw(1, 4), backwards);
+  plan.run(input.get(), rows_in, output.get(), draw(1, 4), backwards);
   for (int64_t n = 0; n < s.batch; ++n)
     for (int64_t o = 0; o < s.outputs; ++o)
       for (int64_t y = 0; y < s.out_height; ++y)
@@ -107,7 +108,9 @@ bool right(const Shape& s, const Settings& t) {
             const int64_t row = y * s.stride_y - s.pad_y + p * s.dilate_y;
             const int64_t column = x * s.stride_x - s.pad_x + q * s.dilate_x;
             if (row < 0 || row >= s.height || column < 0 || column >= s.width) continue;
-            const double term = double(values[i]) * input[at(n, c, row, column, s.inputs, s.height, s.width)];
+            const int64_t from = rows_in && !s.linear ? (row * s.width + column) * s.inputs + c
+                                                      : at(n, c, row, column, s.inputs, s.height, s.width);
+            const double term = double(values[i]) * input[from];
             sum += term, magnitude += std::abs(term);
           }
           if (relu && sum < 0.0) sum = 0.0;

@@ -28,9 +28,10 @@ class Layer {
                settings.at(6)}) {}
 
   at::Tensor run(const at::Tensor& input) const {
-    const at::Tensor x = batch_last_ ? lying(input) : input.contiguous();
+    const bool rows = input.dim() == 2 && !(batch_last_ && lies_last(input));
+    const at::Tensor x = batch_last_ && !rows ? lying(input) : input.contiguous();
     at::Tensor y = batch_last_ ? at::empty_strided(out_, strides(out_), x.options()) : at::empty(out_, x.options());
-    plan_.run(x.const_data_ptr<float>(), y.mutable_data_ptr<float>(), at::get_num_threads(),
+    plan_.run(x.const_data_ptr<float>(), rows, y.mutable_data_ptr<float>(), at::get_num_threads(),
               [](int64_t tasks, const std::function<void(int64_t, int64_t)>& work) {
                 at::parallel_for(0, tasks, 1, work);
               });
@@ -38,11 +39,11 @@ class Layer {
   }
 
  private:
+  static bool lies_last(const at::Tensor& x) { return x.strides().equals(strides(x.sizes().vec())); }
   static at::Tensor lying(const at::Tensor& input) {
-    const Sizes wanted = strides(input.sizes().vec());
-    if (input.strides().equals(wanted)) return input;
+    if (lies_last(input)) return input;
     const at::Tensor x = input.contiguous();
-    at::Tensor y = at::empty_strided(x.sizes(), wanted, x.options());
+    at::Tensor y = at::empty_strided(x.sizes(), strides(x.sizes().vec()), x.options());
     lay_batch_last(x.const_data_ptr<float>(), y.mutable_data_ptr<float>(), x.size(0), x.numel() / x.size(0));
     return y;
   }

@@ -145,7 +145,8 @@ Plan::Plan(const Shape& shape, const Weights& weights, bool relu, const Settings
   const int64_t lanes = settings.lanes;
   const bool known = lanes == 4 || (lanes == 8 && kWidest >= 8) || (lanes == 16 && kWidest >= 16);
   if ((!known && (lanes != 1 || !flat_)) || (flat_ && (!pointwise || settings.rows != 1 || settings.strips != 1)) ||
-      (s.linear && !flat_) || (s.beside && (flat_ || settings.strips != 1 || s.batch % lanes != 0 || s.width % s.beside != 0)) || settings.rows < 1 || settings.rows > 2 || settings.columns < 1 ||
+      (s.linear && !flat_) || (s.beside && (flat_ || settings.strips != 1 || s.batch % lanes || s.width % s.beside)) ||
+      settings.rows < 1 || settings.rows > 2 || settings.columns < 1 ||
       settings.rows * settings.columns > kMostVectors || settings.strips < 1 || settings.channels < 1 ||
       settings.band < 1)
     throw std::invalid_argument("these settings do not fit the layer");
@@ -264,7 +265,7 @@ void Plan::pack_flat(const float* input, const Task& task, const Block& block, f
   const int64_t size = std::min((last.column + last.columns) * settings_.lanes, s.width) - start;
   const int64_t channels = static_cast<int64_t>(block.channels.size());
   for (int64_t c = 0, run = 1; c < channels; c += run) {
-    if (!s.linear) {
+    if (!task.rows) {
       const float* from = input + task.strip * s.inputs * s.width + start;
       if (c + kAhead < channels)  // channels lie too far apart for the processor to foresee the next ones
         for (int64_t i = 0; i < size; i += 16) __builtin_prefetch(from + block.channels[c + kAhead] * s.width + i);
@@ -527,8 +528,9 @@ void Plan::work(const Task& task, const float* input, float* output) const {
       const Tile t = tile(task.first_tile + i);
       const int64_t length = s.linear ? 0 : place(task, t, places);
       const int64_t at = flat_ ? (t.column - first.column) * step_ : (t.row - first.row) * skip_ + t.column * step_;
-      const Target target{&block,  panel + at, sums + i * s.outputs * largest, output + (flat_ && !s.linear ? places[0] : 0),
-                          places, length,     task.first_output, task.end_output};
+      const int64_t to = flat_ && !s.linear ? places[0] : 0;
+      const Target target{&block, panel + at, sums + i * s.outputs * largest, output + to,
+                          places, length,     task.first_output,              task.end_output};
       if (settings_.lanes == 1) dispatch<1>(t, target);
       if (settings_.lanes == 4) dispatch<4>(t, target);
       if constexpr (kWidest >= 8)
@@ -548,7 +550,7 @@ void Plan::work(const Task& task, const float* input, float* output) const {
   }
 }
 
-void Plan::run(const float* input, float* output, int64_t threads, const ParallelFor& parallel) const {
+void Plan::run(const float* input, bool rows, float* output, int64_t threads, const ParallelFor& parallel) const {
   const int64_t beside = std::max<int64_t>(1, shape_.beside), strips = shape_.batch * beside * settings_.strips;
   const int64_t together = flat_ ? 1 : settings_.lanes * beside;
   const int64_t groups = ceil_div(strips, together), bands = ceil_div(tiles_, settings_.band);
@@ -558,7 +560,7 @@ void Plan::run(const float* input, float* output, int64_t threads, const Paralle
     for (int64_t i = begin; i < end; ++i) {
       const int64_t strip = i / (bands * parts) * together, first = i / parts % bands * settings_.band;
       const Task task{strip, std::min(together, strips - strip), first, std::min(settings_.band, tiles_ - first),
-                      first_output(i % parts, parts), first_output(i % parts + 1, parts)};
+                      first_output(i % parts, parts), first_output(i % parts + 1, parts), rows};
       work(task, input, output);
     }
   };

@@ -44,7 +44,7 @@ struct Shape {
   int64_t batch, inputs, height, width;
   int64_t outputs, out_height, out_width;
   int64_t window_y, window_x, stride_y, stride_x, pad_y, pad_x, dilate_y, dilate_x;
-  // Vectors that lie side by side for each pixel if images lie woven already: channel, row, column, image. Rows, padding
+  // Vectors that lie side by side for each pixel if images lie woven already: channel, row, column, image. Widths, padding
   // and dilation then count vectors, and the batch is of so many times more images. Otherwise 0.
   int64_t beside;
 };
@@ -73,8 +73,9 @@ class Plan {
  public:
   // Throws std::invalid_argument for settings that do not fit.
   Plan(const Shape& shape, const Weights& weights, bool relu, const Settings& settings);
-  // Contiguous tensors.
-  void run(const float* input, float* output, int64_t threads, const ParallelFor& parallel) const;
+  // Contiguous tensors. `rows`: whether the numbers of a pixel lie side by side in the input, as in a linear layer's rows;
+  // only flat images of a batch of one may lie so.
+  void run(const float* input, bool rows, float* output, int64_t threads, const ParallelFor& parallel) const;
 
  private:
   struct Filter {  // its weights in a block
@@ -88,6 +89,7 @@ class Plan {
   struct Task {
     int64_t strip, strips, first_tile, tiles;
     int32_t first_output, end_output;
+    bool rows;
   };
   struct Tile {
     int64_t row, rows, column, columns;
