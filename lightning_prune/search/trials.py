@@ -145,7 +145,7 @@ class Run:
         cost = float(candidate.cost)
         if self.terms.max_drop is None:
             return cost, drop
-        trial.set_constraint("drop", drop - self.terms.max_drop)
+        _constrain(trial, "drop", drop - self.terms.max_drop)
         return cost
 
     def _suggested(self, trial: Trial) -> Candidate | None:
@@ -203,7 +203,7 @@ class Run:
         trial.set_user_attr("reason", found.reason)
         if not found.known and self.terms.max_drop is not None:
             # Tells samplers that know constraints why a cheaper plan is needed; the drop is not known.
-            trial.set_constraint("cost", found.excess)
+            _constrain(trial, "cost", found.excess)
         self._idle += 1
         self._collisions = self._collisions + 1 if found.busy else 0
         return TrialPruned(found.reason)
@@ -283,6 +283,11 @@ class Run:
     def _taken_away(self) -> bool:
         trials = self.study.get_trials(deepcopy=False)
         return any(t.number == self._number and t.state.is_finished() for t in trials)
+
+
+def _constrain(trial: Trial, name: str, value: float) -> None:
+    """As `Trial.set_constraint` does, which reads the whole trial from the storage first: a tenth of what it takes."""
+    trial.storage.set_trial_system_attr(trial._trial_id, f"constraints:{name}", float(value))
 
 
 class _Stop:

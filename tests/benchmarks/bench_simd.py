@@ -3,8 +3,9 @@
     python -m tests.benchmarks.bench_simd [--rounds 9] [--output FILE.json] [--figure FILE.svg] [--from FILE.json]
 
 One thread, alternatives in turn, minimum of the rounds. Dense is the fastest of PyTorch in both memory layouts and of
-ONNX Runtime where it is installed. Rates count only weights that are left; a layer's share of the dense rate is of what
-the dense engine reaches on the same layer.
+ONNX Runtime where it is installed. Networks run with the batch last where it can lie so, layers alone as images come.
+Rates count only weights that are left; a layer's share of the dense rate is of what the dense engine reaches on the
+same layer.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from lightning_prune.kernels import BSR, CSR, NHWC, SIMD, Dense, LayerKernel
+from lightning_prune.kernels import BSR, CHWN, CSR, NCHW, NHWC, SIMD, Dense, LayerKernel
+from lightning_prune.kernels.batch_last import lies_last
 from lightning_prune.latency.timing import keep_freed_memory
 from lightning_prune.preparation import inputs_in_layout
 from lightning_prune.runtime import assembled
@@ -79,7 +81,7 @@ def onnx_run(model: nn.Module, x: Tensor, threads: int = 1) -> Run | None:
 def dense_runs(model: nn.Module, x: Tensor, threads: int = 1) -> dict[str, Run]:
     """Every dense engine at hand."""
     runs: dict[str, Run] = {}
-    for layout in ("nchw", NHWC) if x.ndim == 4 else ("nchw",):
+    for layout in (NCHW, NHWC) if x.ndim == 4 else (NCHW,):
         network = Dense(layout).build(model) if isinstance(model, nn.Conv2d) else assembled(model, x, {}, layout)
         lying = inputs_in_layout(x, layout)
         runs[f"torch {layout}"] = lambda network=network, lying=lying: network(lying)  # type: ignore[misc]
@@ -88,7 +90,14 @@ def dense_runs(model: nn.Module, x: Tensor, threads: int = 1) -> dict[str, Run]:
     return runs
 
 
-def pruned(model: nn.Module, sparsity: float, magnitude: bool, only_pointwise: bool = False) -> dict[str, LayerKernel]:
+def layout_of(x: Tensor) -> str:
+    """In which memory layout the SIMD kernel runs networks with such inputs."""
+    return CHWN if lies_last(len(x), images=x.ndim == 4) else NCHW
+
+
+def pruned(
+    model: nn.Module, sparsity: float, magnitude: bool, only_pointwise: bool = False, layout: str = NCHW
+) -> dict[str, LayerKernel]:
     """Set weights to zero, at random or the smallest of each layer; the kernels of the layers that have been pruned."""
     kernels: dict[str, LayerKernel] = {}
     for name, layer in model.named_modules():
@@ -99,7 +108,7 @@ def pruned(model: nn.Module, sparsity: float, magnitude: bool, only_pointwise: b
         scores = layer.weight.detach().abs() if magnitude else torch.rand(layer.weight.shape)
         dropped = scores.flatten().argsort()[: round(sparsity * scores.numel())]
         layer.weight.data.view(-1)[dropped] = 0.0
-        kernels[name] = SIMD()
+        kernels[name] = SIMD(layout)
     return kernels
 
 
@@ -186,8 +195,8 @@ def measure_network(name: str, rounds: int, threads: int = 1) -> dict[str, Any]:
     for sparsity in SPARSITIES:
         for masks in ("random", "magnitude"):
             sparse = trained(build)
-            kernels = pruned(sparse, sparsity, masks == "magnitude", only_pointwise=name == POINTWISE)
-            network = assembled(sparse, x, kernels)
+            kernels = pruned(sparse, sparsity, masks == "magnitude", name == POINTWISE, layout_of(x))
+            network = assembled(sparse, x, kernels, layout_of(x))
             runs[f"{masks} {sparsity}"] = lambda network=network: network(x)  # type: ignore[misc]
             check(runs[f"{masks} {sparsity}"], sparse(x), f"{name} {masks} {sparsity}")
     seconds = least(runs, rounds)
@@ -235,7 +244,8 @@ def measure_threads(rounds: int) -> dict[str, float]:
     found = {}
     for name, (build, shape) in NETWORKS.items():
         model, x = trained(build), torch.randn(shape)
-        network = assembled(model, x, pruned(model, 0.9, False, only_pointwise=name == POINTWISE))
+        kernels = pruned(model, 0.9, False, name == POINTWISE, layout_of(x))
+        network = assembled(model, x, kernels, layout_of(x))
         best = {1: float("inf"), 2: float("inf")}
         for _ in range(2 * rounds):
             for threads in best:
