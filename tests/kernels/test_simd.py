@@ -113,6 +113,16 @@ def test_all_ways_give_the_same(data: st.DataObject) -> None:
     assert bool(getattr(y, "rectified", False)) == relu
 
 
+def test_rows_that_lie_otherwise_are_brought_into_woven_panels() -> None:
+    """Rows of a linear layer whose batch lies last are pixels of an image, which other settings weave."""
+    layer, x = nn.Linear(5, 3).requires_grad_(False), torch.randn(16, 5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simd, "choose", lambda *_: Settings(4, 1, 1, 2, 1, 2, 1))
+        built = SparseLayer(layer, CHWN)
+        assert close(built(x), layer, x)
+        assert torch.equal(built(batch_last(x)), built(x))
+
+
 @settings(max_examples=60)
 @given(case=layers(), count=st.integers(2, 4), layout=st.sampled_from([NCHW, CHWN]))
 def test_threads_change_nothing(case: tuple[nn.Linear | nn.Conv2d, Tensor], count: int, layout: str) -> None:

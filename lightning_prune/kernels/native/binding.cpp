@@ -19,6 +19,7 @@ class Layer {
         const at::Tensor& taps, const at::Tensor& values, const std::optional<at::Tensor>& bias, bool relu,
         const Sizes& settings)
       : batch_last_(batch_last),
+        flat_(!settings.at(1)),
         out_(out),
         plan_(shape(linear, sizes),
               {starts.const_data_ptr<int64_t>(), taps.const_data_ptr<int64_t>(), values.const_data_ptr<float>(),
@@ -28,7 +29,7 @@ class Layer {
                settings.at(6)}) {}
 
   at::Tensor run(const at::Tensor& input) const {
-    const bool rows = input.dim() == 2 && !(batch_last_ && lies_last(input));
+    const bool rows = input.dim() == 2 && flat_ && !(batch_last_ && lies_last(input));
     const at::Tensor x = batch_last_ && !rows ? lying(input) : input.contiguous();
     at::Tensor y = batch_last_ ? at::empty_strided(out_, strides(out_), x.options()) : at::empty(out_, x.options());
     plan_.run(x.const_data_ptr<float>(), rows, y.mutable_data_ptr<float>(), at::get_num_threads(),
@@ -58,7 +59,7 @@ class Layer {
     return {linear,  s.at(0), s.at(1), s.at(2),  s.at(3),  s.at(4),  s.at(5),  s.at(6),
             s.at(7), s.at(8), s.at(9), s.at(10), s.at(11), s.at(12), s.at(13), s.at(14), s.at(15)};
   }
-  bool batch_last_;
+  bool batch_last_, flat_;
   Sizes out_;
   Plan plan_;
 };
