@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_prune.kernel_report import KernelReport, LayerReport
-from lightning_prune.kernels import CHWN, NCHW, Dense, LayerKernel, measured_occupancy
+from lightning_prune.kernels import CHWN, LAYOUTS, NCHW, Dense, LayerKernel, measured_occupancy
 from lightning_prune.latency.context import TimedLayer, timed_passes
 from lightning_prune.latency.estimator import MARGIN, LatencyEstimator
 from lightning_prune.latency.fitted import FittedCost
@@ -49,7 +49,8 @@ class Choice:
         self.inputs, self.layers, self.works = prepared.inputs, prepared.layers, prepared.works
         self.device, self.dtype = placement(prepared.model)
         self.estimator = None if profile is None else LatencyEstimator(prepared.table, profile)
-        self.layouts = prepared.layouts(kernels)
+        known = LAYOUTS if self.estimator is None else self.estimator.layouts
+        self.layouts = tuple(layout for layout in prepared.layouts(kernels) if layout in known)
         self.dense_s = math.nan
 
     def fastest(self) -> Candidate:
@@ -58,7 +59,8 @@ class Choice:
         candidates = {f"dense-{layout}": self.dense(layout) for layout in self.layouts if layout != CHWN}
         for layout in self.layouts:
             chosen = self._chosen(layout)
-            if not plain_kernels(chosen):
+            own = layout != CHWN or any(kernel.layout == CHWN and kernel.uses_sparsity for kernel in chosen.values())
+            if own and not plain_kernels(chosen):
                 candidates[f"sparse-{layout}"] = self._assembled(layout, chosen)
         handicaps = {name: MARGIN for name, candidate in candidates.items() if plain_kernels(candidate.kernels)}
         found = race({name: self._runner(candidate) for name, candidate in candidates.items()}, handicaps)
@@ -82,7 +84,7 @@ class Choice:
 
     def report(self, best: Candidate, error: float) -> KernelReport:
         """What was chosen, with the times of each layer in passes of the chosen and of the dense network."""
-        dense = self.dense(best.layout)
+        dense = self.dense(NCHW if best.layout == CHWN else best.layout)
         chosen_s, dense_s = self._in_context(best), self._in_context(dense)
         pays = self.estimator.break_even() if self.estimator is not None else None
         rows = []

@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_is_leaf, tree_map, tree_map_only
 
 from lightning_prune.folding import fold_batch_norm, plain, replace_module
 from lightning_prune.kernels import CHWN, NCHW, NHWC, Dense, LayerKernel, Steps, Workload
+from lightning_prune.kernels.batch_last import BatchLast, refused
 from lightning_prune.kernels.workload import runnable
 from lightning_prune.layers import LayerTable, layer_table
 from lightning_prune.pooling import separate_pools
@@ -86,20 +87,28 @@ class Prepared:
         return network
 
     def layouts(self, kernels: Iterable[LayerKernel]) -> tuple[str, ...]:
-        """The memory layouts worth a try: those that the model runs in, "chwn" only where kernels are for it."""
+        """The memory layouts worth a try: those that the model runs in, "chwn" only where kernels are for it.
+
+        With the batch last, every call has to be of a batch that can lie so: of other batches, later, none will.
+        """
         device, dtype = placement(self.model)
         calls = [work for works in self.works.values() for work in works]
         own = [kernel for kernel in kernels if kernel.layout == CHWN and kernel.uses_sparsity]
         wanted = {
             NHWC: any(work.kind == "conv2d" for work in calls),
-            CHWN: any(kernel.refuses(work, dtype, device) is None for kernel in own for work in calls),
+            CHWN: not any(refused(work) for work in calls)
+            and any(kernel.refuses(work, dtype, device) is None for kernel in own for work in calls),
         }
         return (NCHW, *(layout for layout, worth in wanted.items() if worth and self._runs_in(layout)))
 
     def _runs_in(self, layout: str) -> bool:
+        network = self.dense(layout)
+        if layout == CHWN:  # kernels that are for it run linear layers so, too
+            for name, layer in self.layers.items():
+                put(network, name, BatchLast(layer))
         try:
             with torch.inference_mode():
-                run_in_layout(self.dense(layout), cloned(self.inputs), layout)
+                run_in_layout(network, cloned(self.inputs), layout)
         except RuntimeError as error:  # most of all of `view`, for which `flatten` and `reshape` stand
             _logger.info("the model does not run with activations in %s, which is left out: %s", layout, error)
             return False
@@ -184,9 +193,18 @@ def run_in_layout(network: nn.Module, inputs: Any, layout: str) -> Any:
 
 def outputs_in_layout(outputs: Any, layout: str) -> Any:
     """Outputs of a network in a layout as they are handed on: not with the batch last, which nobody expects."""
-    if layout != CHWN:
-        return outputs
-    return outputs.contiguous() if isinstance(outputs, Tensor) else tree_map_only(Tensor, Tensor.contiguous, outputs)
+    return _contiguous(outputs) if layout == CHWN else outputs
+
+
+def _contiguous(outputs: Any) -> Any:
+    if isinstance(outputs, Tensor):
+        return outputs.contiguous()
+    if is_dataclass(outputs) and not isinstance(outputs, type):
+        copied = copy.copy(outputs)
+        for part in fields(outputs):
+            object.__setattr__(copied, part.name, _contiguous(getattr(outputs, part.name)))  # it may be frozen
+        return copied
+    return outputs if tree_is_leaf(outputs) else tree_map(_contiguous, outputs, is_leaf=lambda x: x is not outputs)
 
 
 def inputs_in_layout(inputs: Any, layout: str) -> Any:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+import pickle
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -159,6 +161,42 @@ def test_networks(make: type[nn.Module], sparse: LayerKernel) -> None:
 
 
 @needs_library
+def test_outputs_of_any_form_are_handed_on_contiguous() -> None:
+    @dataclass(frozen=True)
+    class Answer:
+        rows: Tensor
+        more: tuple[Tensor, dict[str, Any]]
+
+    class Answering(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Answer:
+            y = self.layer(x)
+            return Answer(y, (y + 1, {"half": y / 2, "name": "y"}))
+
+    model, x = pruned(Answering(), 0.5), torch.randn(16, 6)
+    found, expected = assembled(model, x, {"layer": SIMD(CHWN)}, CHWN)(x), model(x)
+    for mine, theirs in (
+        (found.rows, expected.rows),
+        (found.more[0], expected.more[0]),
+        (found.more[1]["half"], expected.more[1]["half"]),
+    ):
+        assert mine.is_contiguous()
+        assert close(mine, theirs)
+    assert found.more[1]["name"] == "y"
+
+
+@needs_library
+def test_layers_that_were_pickled_before_there_were_layouts() -> None:
+    layer, x = nn.Linear(6, 5).requires_grad_(False), torch.randn(16, 6)
+    built = SIMD(NCHW).build(layer)
+    del built.layout
+    assert close(pickle.loads(pickle.dumps(built))(x), layer(x))
+
+
+@needs_library
 def test_nothing_is_copied_between_layers() -> None:
     torch.manual_seed(0)
     model = pruned(Residual())
@@ -218,6 +256,47 @@ class TestCalibration:
         without = replace(profile, networks={key: replace(known) for key in profile.networks})
         assert LatencyEstimator(table, without).best_layout(sparsity) != CHWN
 
+    @pytest.mark.parametrize("make", [Residual, mlp], ids=["images", "rows"])
+    def test_profiles_without_the_layout_do_without(self, make: type[nn.Module]) -> None:
+        torch.manual_seed(0)
+        model = pruned(make(), 0.95)
+        x = torch.randn(8, 64) if make is mlp else torch.randn(8, 3, 13, 13)
+        former = calibrate(model, x, kernels=self.KERNELS[:1], rounds=1, spread=0, progress=False)
+        for kernels in (self.KERNELS, self.KERNELS[1:], KERNELS):
+            fast = accelerate(model, x, former, kernels=kernels, rounds=1)
+            assert fast.kernel_report().layout != CHWN
+            assert close(fast(x), model(x))
+
+    def test_what_is_added_later_is_brought_to_the_first_speed(self) -> None:
+        """As if the machine had been a hundred times slower when the network was calibrated first."""
+        torch.manual_seed(0)
+        model, x, slower = mlp(512).eval(), torch.randn(64, 512), 100.0
+        options = {"rounds": 3, "spread": 0, "progress": False}
+        former = calibrate(model, x, kernels=self.KERNELS[:1], **options)  # type: ignore[arg-type]
+        ((key, known),) = former.networks.items()
+        times: dict[str, Any] = {
+            name: {layout: seconds * slower for layout, seconds in getattr(known, name).items()}
+            for name in ("fixed_s", "dense_s", "layers_s")
+        }
+        times["dense_s"][NHWC] = times["layers_s"][NHWC] = times["fixed_s"][NHWC] = 1.0  # as profiles once had it
+        scaled = replace(
+            former,
+            measurements=tuple(replace(m, seconds=m.seconds * slower) for m in former.measurements),
+            networks={key: replace(known, **times, passes={})},
+        )
+        profile = calibrate(model, x, kernels=self.KERNELS, profile=scaled, **options)  # type: ignore[arg-type]
+        record = profile.networks[key]
+        assert set(record.dense_s) == {NCHW, CHWN}
+        assert record.dense_s[CHWN] == pytest.approx(record.dense_s[NCHW], rel=0.8)
+        found = {name: [m.seconds for m in profile.measurements if m.kernel == name] for name in ("simd", "simd-chwn")}
+        assert sum(found["simd-chwn"]) == pytest.approx(sum(found["simd"]), rel=0.8)
+
+    def test_shapes_beside_the_network_are_left_to_layouts_with_kernels(self) -> None:
+        model, x = mlp().double().eval(), torch.randn(8, 64, dtype=torch.float64)
+        profile = calibrate(model, x, kernels=(SIMD(NCHW), SIMD(CHWN), Shrunk()), rounds=1, spread=6, progress=False)
+        assert not [m for m in profile.measurements if m.kernel.endswith("chwn")]
+        assert CHWN not in profile.layouts
+
     def test_other_batches_do_without(self) -> None:
         model, x = mlp().eval(), torch.randn(9, 64)
         profile = calibrate(model, x, kernels=self.KERNELS, rounds=1, spread=0, progress=False)
@@ -238,6 +317,39 @@ class TestCalibration:
 
 @needs_library
 class TestForwardsWithViews:
+    def test_behind_rows(self) -> None:
+        """Linear layers that run densely give rows as they are read, which a check of dense networks would see."""
+
+        class Merging(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.each, self.all = nn.Linear(512, 512), nn.Linear(8 * 512, 10)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.all(self.each(x).view(len(x), -1))  # type: ignore[no-any-return]
+
+        torch.manual_seed(0)
+        model, x = pruned(Merging(), 0.97), torch.randn(8, 8, 512)
+        assert Prepared.of(model, x).layouts(KERNELS) == (NCHW,)
+        assert close(accelerate(model, x, rounds=1)(x), model(x))
+        calibrate(model, x, kernels=(SIMD(NCHW), SIMD(CHWN)), rounds=1, spread=0, progress=False)
+
+    def test_of_images_that_other_batches_let_lie_last(self) -> None:
+        class Cutting(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.images, self.rows = nn.Conv2d(3, 8, 1), nn.Linear(8, 5)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.rows(self.images(x).view(-1, 8, 8))  # type: ignore[no-any-return]
+
+        model = pruned(Cutting())
+        assert Prepared.of(model, torch.randn(4, 3, 4, 4)).layouts(KERNELS)[1:] in ((), (NHWC,))
+        fast = accelerate(model, torch.randn(4, 3, 4, 4), kernels=(SIMD(CHWN), SIMD(NCHW)), rounds=1)
+        for batch in (4, 8, 3):
+            x = torch.randn(batch, 3, 4, 4)
+            assert close(fast(x), model(x))
+
     def test_run_in_the_layouts_that_they_can(self, caplog: pytest.LogCaptureFixture) -> None:
         torch.manual_seed(0)
         model, x = pruned(Viewing(), 0.9), torch.randn(8, 3, 6, 6)

@@ -88,10 +88,10 @@ def arranged(work: Workload, widest: int) -> tuple[Workload, int]:
 
 
 class BatchLast(nn.Module):
-    """Runs a layer that knows no such activations, and gives its results so.
+    """Runs a layer that knows no such activations, and gives its results so, as kernels of our own do.
 
     Args:
-        layer: of PyTorch.
+        layer: of PyTorch, linear or a convolution of images.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -101,4 +101,6 @@ class BatchLast(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """What the layer gives."""
         y: Tensor = self.layer(x.contiguous())
+        if isinstance(self.layer, nn.Linear) and y.numel():
+            return batch_last(y.reshape(-1, y.shape[-1])).view(y.shape)
         return batch_last(y) if y.ndim == 4 else y

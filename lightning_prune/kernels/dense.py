@@ -32,7 +32,7 @@ class Dense(LayerKernel):
 
     @property
     def name(self) -> str:
-        """`dense` or `dense-nhwc`."""
+        """`dense`, `dense-nhwc` or `dense-chwn`."""
         return "dense" if self.layout == NCHW else f"dense-{self.layout}"
 
     def refuses(self, work: Workload, dtype: torch.dtype, device: torch.device) -> str | None:

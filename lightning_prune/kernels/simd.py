@@ -32,6 +32,7 @@ class SparseLayer(nn.Module):
         relu: whether it rectifies its outputs, and marks them; to be set before the first call.
     """
 
+    layout = NCHW  # of those that were pickled when there was no other
     starts: Tensor
     taps: Tensor
     values: Tensor

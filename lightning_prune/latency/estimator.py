@@ -34,8 +34,8 @@ class LatencyEstimator:
 
     `a + b t` is the measured part of a pass that is not spent in layers: activations, pooling, additions,
     normalisations that could not be folded. It is faster the more the layers leave in cache, hence `b`. From layers
-    whose kernels do the ReLU behind them, the time of that ReLU is taken off. One memory layout holds for a network, so
-    that nothing is converted. Between knots of sparsity (0, 0.2, 0.4, 0.5, ... 0.99, 0.995, 1) times are linear.
+    whose kernels do the ReLU behind them, the time of that ReLU is taken off. One memory layout holds for a network; dense
+    layers copy from and to the one with the batch last, which is part of their time. Between knots of sparsity (0, 0.2, 0.4, 0.5, ... 0.99, 0.995, 1) times are linear.
 
     Zeros in a pattern help the kernels that can use it; zeros anywhere help no kernel of blocks. Where whole filters
     are removed, the layers that they feed have fewer inputs; channels that several layers add up to are silent only
@@ -91,6 +91,12 @@ class LatencyEstimator:
     def fixed_is_measured(self) -> bool:
         """Whether this very network was calibrated."""
         return self.network is not None
+
+    @property
+    def layouts(self) -> tuple[str, ...]:
+        """Memory layouts that the profile knows costs for and that the network, if it was calibrated, was seen in."""
+        known = self.profile.layouts if self.network is None else self.network.dense_s
+        return tuple(layout for layout in self.profile.layouts if layout in known)
 
     def fixed_s(self, layout: str) -> float:
         """Seconds of a pass outside the layers: measured, or in proportion to the outputs of calibrated networks."""
@@ -351,7 +357,6 @@ class LatencyEstimator:
     def _compile(self, pattern: Pattern) -> Compiled:
         patterns = self._patterns(pattern)
         if patterns not in self._compiled:
-            known = self.profile.layouts if self.network is None else self.network.dense_s
-            rests = {layout: self._rest(layout) for layout in self.profile.layouts if layout in known}
+            rests = {layout: self._rest(layout) for layout in self.layouts}
             self._compiled[patterns] = self._compiler(patterns, rests)
         return self._compiled[patterns]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +27,8 @@ from lightning_prune.latency.timing import synchroniser
 from lightning_prune.preparation import Prepared, in_layout, inputs_in_layout, run_in_layout
 
 _logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _SPREAD = "spread"
 """Source of the measurements of shapes beside the network's."""
@@ -83,6 +85,7 @@ class Session:
         rectifiers_s: dict[str, dict[str, float]] = {}
         wholes: dict[str, tuple[tuple[float, float], ...]] = {}
         layouts = prepared.layouts(self.kernels)
+        speed = self._speed_since(known, prepared, layouts)
         bar(sum(kernel.layout not in layouts for kernel in self.kernels))
         layers: Layers = {name: (layer, prepared.works[name]) for name, layer in prepared.layers.items()}
         rounds = 0
@@ -95,33 +98,38 @@ class Session:
 
                 kernels = [k for k in self.kernels if k.layout == layout and k.uses_sparsity != dense_first]
                 rounds = rounds or self._rounds_of(run)
-                passes = self._measure(kernels, model, layers, run, source, bar, rounds)
+                passes = self._measure(kernels, model, layers, run, source, bar, rounds, speed)
                 if dense_first and (known is None or layout not in known.dense_s):
                     wholes[layout] = tuple(pair for one in passes for pair in one.wholes)
-                    rectifiers_s[layout] = rectifier_seconds(model, prepared.rectified, run, rounds, self.pace.settle)
-                    dense_s[layout] = self._whole_s(run, rounds)
+                    found_s = rectifier_seconds(model, prepared.rectified, run, rounds, self.pace.settle)
+                    rectifiers_s[layout] = {f"{name}.weight": seconds * speed for name, seconds in found_s.items()}
+                    dense_s[layout] = self._whole_s(run, rounds) * speed
                     layers_s[layout] = self._dense_s(source, layout)
                     most_s = max(dense_s[layout] - layers_s[layout], 0.0)
                     rest_s = passes[0].rest_s if passes else math.nan  # measured before this calibration went on
                     fixed_s[layout] = most_s if math.isnan(rest_s) else min(max(rest_s, 0.0), most_s)
             if dense_first and dense_s:
                 named = {f"{name}.weight": layer for name, layer in prepared.layers.items()}
-                weights_s = {
-                    layout: {f"{name}.weight": seconds for name, seconds in found.items()}
-                    for layout, found in rectifiers_s.items()
-                }
                 self.networks[source] = NetworkRecord(
                     type(prepared.model).__name__,
                     tuple(named),
                     sum(work.output_elements for works in prepared.works.values() for work in works),
-                    {**(known.fixed_s if known else {}), **fixed_s},
-                    {**(known.dense_s if known else {}), **dense_s},
-                    {**(known.layers_s if known else {}), **layers_s},
-                    {**(known.passes if known else {}), **wholes},
+                    {**_of(layouts, known.fixed_s if known else {}), **fixed_s},
+                    {**_of(layouts, known.dense_s if known else {}), **dense_s},
+                    {**_of(layouts, known.layers_s if known else {}), **layers_s},
+                    {**_of(layouts, known.passes if known else {}), **wholes},
                     producers(prepared.model, prepared.inputs, named),
-                    {**(known.rectifiers_s if known else {}), **weights_s},
+                    {**_of(layouts, known.rectifiers_s if known else {}), **rectifiers_s},
                 )
                 self.save()
+
+    def _speed_since(self, known: NetworkRecord | None, prepared: Prepared, layouts: Sequence[str]) -> float:
+        """By what times of layouts that are measured later have to be multiplied to fit those of the first."""
+        if known is None or set(layouts) <= set(known.dense_s):
+            return 1.0
+        first, model = LAYOUTS[0], prepared.dense(LAYOUTS[0])
+        now_s = self._whole_s(lambda: run_in_layout(model, prepared.inputs, first), self.rounds)
+        return known.dense_s[first] / now_s
 
     def _report_idle(self, prepared: Prepared) -> None:
         """Say which kernels run nothing here, for lack of a library, say."""
@@ -141,6 +149,13 @@ class Session:
         for alike in _parts(shapes):
             for layout in LAYOUTS:
                 part = [w for w in alike if _lies(w, layout)]
+                if layout == CHWN and not any(
+                    kernel.refuses(w, dtype, device) is None
+                    for kernel in self.kernels
+                    if kernel.layout == CHWN and kernel.uses_sparsity
+                    for w in part
+                ):
+                    part = []
                 # Up and down again, so that the first of a pass follows one of its size as the others do.
                 part = part[::2] + part[1::2][::-1]
                 with torch.random.fork_rng(devices=[]):  # the weights of new layers are drawn
@@ -162,8 +177,12 @@ class Session:
         source: str,
         bar: Callable[[float], None],
         rounds: int,
+        speed: float = 1.0,
     ) -> list[Passes]:
-        """Time kernels on those layers of a model that they were not timed on before."""
+        """Time kernels on those layers of a model that they were not timed on before.
+
+        Times of dense ones are multiplied by `speed`, and others are brought to theirs.
+        """
         done = []
         for kernel in kernels:
             have = {m.work for m in self.measurements if m.kernel == kernel.name and m.source == source}
@@ -187,7 +206,7 @@ class Session:
                 if passes.quiet:
                     break
             self.quiet &= passes.quiet
-            passes = self._at_first_speed(passes, kernel, source)
+            passes = _scaled(passes, speed if isinstance(kernel, Dense) else self._first_speed(passes, kernel, source))
             if passes.measurements:
                 self.measurements += passes.measurements
                 self._add_wholes(source, kernel.layout, passes.wholes)
@@ -217,20 +236,13 @@ class Session:
             together = {**record.passes, layout: (*record.passes.get(layout, ()), *wholes)}
             self.networks[source] = replace(record, passes=together)
 
-    def _at_first_speed(self, passes: Passes, kernel: LayerKernel, source: str) -> Passes:
-        if isinstance(kernel, Dense):
-            return passes
+    def _first_speed(self, passes: Passes, kernel: LayerKernel, source: str) -> float:
         first: dict[Workload, list[float]] = {}
         for m in self.measurements:
             if m.source == source and _is_dense(m, kernel.layout):
                 first.setdefault(m.work, []).append(m.seconds)
         both = [work for work in passes.dense_s if work in first]
-        speed = sum(sum(first[work]) for work in both) / sum(passes.dense_s[work] for work in both) if both else 1.0
-        return replace(
-            passes,
-            measurements=tuple(replace(m, seconds=m.seconds * speed) for m in passes.measurements),
-            wholes=tuple((layers_s * speed, whole_s * speed) for layers_s, whole_s in passes.wholes),
-        )
+        return sum(sum(first[work]) for work in both) / sum(passes.dense_s[work] for work in both) if both else 1.0
 
     def _dense_s(self, source: str, layout: str) -> float:
         """Seconds of a network's layers when dense."""
@@ -299,6 +311,21 @@ def _parts(shapes: Sequence[Workload]) -> list[list[Workload]]:
         order = sorted((work for work in shapes if work.kind == kind), key=size)
         found += [order[start : start + _IN_ONE_PASS] for start in range(0, len(order), _IN_ONE_PASS)]
     return found
+
+
+def _scaled(passes: Passes, speed: float) -> Passes:
+    """The same at another speed of the machine."""
+    return replace(
+        passes,
+        measurements=tuple(replace(m, seconds=m.seconds * speed) for m in passes.measurements),
+        wholes=tuple((layers_s * speed, whole_s * speed) for layers_s, whole_s in passes.wholes),
+        rest_s=passes.rest_s * speed,
+    )
+
+
+def _of(layouts: Sequence[str], known: Mapping[str, T]) -> dict[str, T]:
+    """What is known of some layouts."""
+    return {layout: value for layout, value in known.items() if layout in layouts}
 
 
 def _lies(work: Workload, layout: str) -> bool:
