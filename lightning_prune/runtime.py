@@ -164,12 +164,13 @@ def accelerate(
 ) -> AcceleratedModel:
     """Run each layer of a pruned model with the kernel that is fastest on this machine.
 
-    BatchNorm is folded, weights that meet constant inputs are dropped, and for each memory layout that the model runs in
-    every layer gets its fastest kernel by the profile's estimate. Kernels estimated to be within 15 % of the best are timed against
-    each other in full passes, and all are without a profile. The network that is then fastest as a whole, timed in
-    turn with the others, is kept: the dense one, in its faster layout, wherever zeros do not pay. With a profile,
-    layers without zeros may get a kernel that leaves zeros out, too: of few channels, some are faster than dense
-    all the same. As with `calibrate`, this process keeps the memory that it frees from here on.
+    BatchNorm is folded, weights that meet constant inputs are dropped, and for each memory layout that the model
+    runs in every layer gets its fastest kernel by the profile's estimate. Kernels estimated to be within 15 % of
+    the best are timed against each other in full passes, and all are without a profile. The network that is then
+    fastest as a whole, timed in turn with the others, is kept: the dense one, in its faster layout, wherever zeros
+    do not pay. With a profile, layers without zeros may get a kernel that leaves zeros out, too: of few channels,
+    some are faster than dense all the same. As with `calibrate`, this process keeps the memory that it frees from
+    here on.
 
     Of a twin that `quantize` made, each quantised layer runs in integers where kernels that do so are given
     (`ALL_KERNELS`), know how and are faster; otherwise in floating point with its rounded weights, its inputs as they

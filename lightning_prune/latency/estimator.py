@@ -34,8 +34,9 @@ class LatencyEstimator:
 
     `a + b t` is the measured part of a pass that is not spent in layers: activations, pooling, additions,
     normalisations that could not be folded. It is faster the more the layers leave in cache, hence `b`. From layers
-    whose kernels do the ReLU behind them, the time of that ReLU is taken off. One memory layout holds for a network; dense
-    layers copy from and to the one with the batch last, which is part of their time. Between knots of sparsity (0, 0.2, 0.4, 0.5, ... 0.99, 0.995, 1) times are linear.
+    whose kernels do the ReLU behind them, the time of that ReLU is taken off. One memory layout holds for a
+    network; dense layers copy from and to the one with the batch last, which is part of their time. Between knots
+    of sparsity (0, 0.2, 0.4, 0.5, ... 0.99, 0.995, 1) times are linear.
 
     Zeros in a pattern help the kernels that can use it; zeros anywhere help no kernel of blocks. Where whole filters
     are removed, the layers that they feed have fewer inputs; channels that several layers add up to are silent only
