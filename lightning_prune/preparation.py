@@ -93,11 +93,9 @@ class Prepared:
         """
         device, dtype = placement(self.model)
         calls = [work for works in self.works.values() for work in works]
-        own = [kernel for kernel in kernels if kernel.layout == CHWN and kernel.uses_sparsity]
         wanted = {
             NHWC: any(work.kind == "conv2d" for work in calls),
-            CHWN: not any(refused(work) for work in calls)
-            and any(kernel.refuses(work, dtype, device) is None for kernel in own for work in calls),
+            CHWN: not any(refused(work) for work in calls) and any_batch_last(kernels, calls, dtype, device),
         }
         return (NCHW, *(layout for layout, worth in wanted.items() if worth and self._runs_in(layout)))
 
@@ -170,6 +168,14 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
             f"latency is measured for weights of one type on one device, {type(model).__name__} has {places}"
         )
     return found.pop()
+
+
+def any_batch_last(
+    kernels: Iterable[LayerKernel], works: Iterable[Workload], dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether kernels run any of some calls with the batch last; dense ones only copy from and to it."""
+    own = [kernel for kernel in kernels if kernel.layout == CHWN and kernel.uses_sparsity]
+    return any(kernel.refuses(work, dtype, device) is None for work in works for kernel in own)
 
 
 def dense_kernel(layer: nn.Module, layout: str) -> Dense:

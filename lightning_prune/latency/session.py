@@ -24,7 +24,7 @@ from lightning_prune.latency.producers import producers
 from lightning_prune.latency.profile import DeviceProfile, NetworkRecord
 from lightning_prune.latency.rectifying import rectifier_seconds
 from lightning_prune.latency.timing import synchroniser
-from lightning_prune.preparation import Prepared, in_layout, inputs_in_layout, run_in_layout
+from lightning_prune.preparation import Prepared, any_batch_last, in_layout, inputs_in_layout, run_in_layout
 
 _logger = logging.getLogger(__name__)
 
@@ -149,12 +149,7 @@ class Session:
         for alike in _parts(shapes):
             for layout in LAYOUTS:
                 part = [w for w in alike if _lies(w, layout)]
-                if layout == CHWN and not any(
-                    kernel.refuses(w, dtype, device) is None
-                    for kernel in self.kernels
-                    if kernel.layout == CHWN and kernel.uses_sparsity
-                    for w in part
-                ):
+                if layout == CHWN and not any_batch_last(self.kernels, part, dtype, device):
                     part = []
                 # Up and down again, so that the first of a pass follows one of its size as the others do.
                 part = part[::2] + part[1::2][::-1]

@@ -279,27 +279,33 @@ void Plan::pack_flat(const float* input, const Task& task, const Block& block, f
   }
 }
 
+Plan::Rows Plan::rows_under(const Task& task) const {
+  const Shape& s = shape_;
+  const Tile first = tile(task.first_tile), last = tile(task.first_tile + task.tiles - 1);
+  const int64_t reach = (s.window_y - 1) * s.dilate_y + 1;
+  const int64_t wide = pitch_ / settings_.lanes, left = std::min(s.pad_x, wide);
+  return {first.row * s.stride_y - s.pad_y, (last.row + last.rows - first.row - 1) * s.stride_y + reach, wide, left,
+          std::max<int64_t>(0, std::min(s.width, wide - left))};
+}
+
 // Rows of a band with their padding, pixel by pixel, of all strips.
 template <int lanes>
 void Plan::pack_woven(const float* input, const Task& task, const Block& block, float* panel,
                       const float* zeros) const {
   const Shape& s = shape_;
-  const Tile first = tile(task.first_tile), last = tile(task.first_tile + task.tiles - 1);
-  const int64_t reach = (s.window_y - 1) * s.dilate_y + 1;
-  const int64_t rows = (last.row + last.rows - first.row - 1) * s.stride_y + reach;
-  const int64_t wide = pitch_ / lanes, left = std::min(s.pad_x, wide);
-  const int64_t size = std::max<int64_t>(0, std::min(s.width, wide - left));
+  const Rows rows = rows_under(task);
+  const int64_t wide = rows.wide, left = rows.left, size = rows.size;
   const float* image[lanes];
   int64_t start[lanes];
   for (int64_t l = 0; l < lanes; ++l) {
     const int64_t strip = task.strip + std::min(l, task.strips - 1);
     image[l] = input + strip / settings_.strips * s.inputs * s.height * s.width;
-    start[l] = (strip % settings_.strips * strip_rows_ + first.row) * s.stride_y - s.pad_y;
+    start[l] = strip % settings_.strips * strip_rows_ * s.stride_y + rows.start;
   }
   for (size_t c = 0; c < block.channels.size(); ++c) {
     const int64_t channel = block.channels[c] * s.height;
     float* to = panel + static_cast<int64_t>(c) * channel_;
-    for (int64_t q = 0; q < rows; ++q, to += pitch_) {
+    for (int64_t q = 0; q < rows.count; ++q, to += pitch_) {
       const float* from[lanes];
       for (int64_t l = 0; l < lanes; ++l) {
         const int64_t row = start[l] + q;
@@ -317,16 +323,13 @@ template <int lanes>
 void Plan::pack_batch_last(const float* input, const Task& task, const Block& block, float* panel) const {
   using V = Vector<lanes>;
   const Shape& s = shape_;
-  const Tile first = tile(task.first_tile), last = tile(task.first_tile + task.tiles - 1);
-  const int64_t reach = (s.window_y - 1) * s.dilate_y + 1;
-  const int64_t rows = (last.row + last.rows - first.row - 1) * s.stride_y + reach;
-  const int64_t wide = pitch_ / lanes, left = std::min(s.pad_x, wide);
-  const int64_t size = std::max<int64_t>(0, std::min(s.width, wide - left));
-  const int64_t start = first.row * s.stride_y - s.pad_y, pixel = s.batch * s.beside, wanted = s.beside * lanes;
+  const Rows rows = rows_under(task);
+  const int64_t wide = rows.wide, left = rows.left, size = rows.size;
+  const int64_t pixel = s.batch * s.beside, wanted = s.beside * lanes;
   for (size_t c = 0; c < block.channels.size(); ++c) {
     float* to = panel + static_cast<int64_t>(c) * channel_;
-    for (int64_t q = 0; q < rows; ++q, to += pitch_) {
-      const int64_t row = start + q;
+    for (int64_t q = 0; q < rows.count; ++q, to += pitch_) {
+      const int64_t row = rows.start + q;
       if (row < 0 || row >= s.height) {
         clear<kWidest>(to, pitch_);
         continue;

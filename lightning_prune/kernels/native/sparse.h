@@ -94,6 +94,9 @@ class Plan {
   struct Tile {
     int64_t row, rows, column, columns;
   };
+  struct Rows {  // of the input under a band; of `wide` vectors, `size` hold numbers, with padding `left` of them
+    int64_t start, count, wide, left, size;  // the first strip's start, which may lie in the padding above
+  };
   struct Target {  // of a tile
     const Block* block;
     const float* panel;
@@ -108,6 +111,7 @@ class Plan {
   void cut_blocks(const Weights& weights);
   int32_t first_output(int64_t part, int64_t parts) const;
   Tile tile(int64_t index) const;
+  Rows rows_under(const Task& task) const;
   void pack(const float* input, const Task& task, const Block& block, float* panel, const float* zeros) const;
   void pack_flat(const float* input, const Task& task, const Block& block, float* panel) const;
   template <int lanes>
